@@ -1,0 +1,136 @@
+# Builds, tests and installs ramlock. `make help` explains every target.
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# What is missing on the machine is looked for first (.ci/deps) and the building is then done by a second make, since
+# how to build is found out when a Makefile is read: a library that came later would not be seen.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+# More arguments for pytest, such as ARGS="-k retarget".
+ARGS    ?=
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := all
+
+VENV       := .venv
+PYTHON_BIN := $(VENV)/bin/python
+INSTALLED  := $(VENV)/.installed
+GUEST      := .cache/guest
+PYTHON_CODE := injector tests examples benchmarks
+
+-include shim/rules.mk
+
+.PHONY: all
+all: ## Build the shim and .venv with the package, editable: .venv/bin/ramlock works
+	@.ci/deps build
+	@$(MAKE) built
+
+.PHONY: built
+built: shim $(INSTALLED)
+	@:
+
+.PHONY: help
+help: ## Explain every target
+	@echo 'Begin with "make demo" or "make test". Targets:'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sort | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
+	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12'
+
+.PHONY: deps
+deps: ## Install what building and testing need, as far as it is missing (apt, as root or by sudo)
+	@.ci/deps all
+
+.PHONY: guest
+guest: ## Fetch a kernel and build the small Linux guest that the demo and the tests boot
+	@.ci/deps all
+	@$(MAKE) guest-built
+
+.PHONY: guest-built
+guest-built: $(GUEST)/initramfs.cpio.gz
+	@:
+
+$(GUEST)/vmlinuz:
+	@tests/guest/build kernel
+
+$(GUEST)/initramfs.cpio.gz: $(GUEST)/vmlinuz tests/guest/build tests/guest/init tests/guest/agent.c
+	@tests/guest/build initramfs
+
+# Everything that a running guest needs.
+.PHONY: ready
+ready: built guest-built
+	@:
+
+.PHONY: demo
+demo: ## Show it: boot a guest under ramlock, raise and lower its guarantee, watch it hold
+	@.ci/deps all
+	@$(MAKE) ready
+	@$(PYTHON_BIN) examples/demo.py
+
+.PHONY: test
+test: ## Run the whole test suite: linters, the shim's C units, the Python units, real QEMUs
+	@.ci/deps all
+	@$(MAKE) ready
+	@$(MAKE) linted
+	@$(MAKE) test-shim
+	@$(PYTHON_BIN) -m pytest tests $(ARGS)
+
+.PHONY: lint
+lint: ## Lint and type-check: ruff, mypy, gcc with every warning an error
+	@.ci/deps build
+	@$(MAKE) built
+	@$(MAKE) linted
+
+.PHONY: linted
+linted: lint-shim
+	@$(VENV)/bin/ruff check $(PYTHON_CODE)
+	@$(VENV)/bin/ruff format --check $(PYTHON_CODE)
+	@$(VENV)/bin/mypy --strict injector/ramlock
+	@$(VENV)/bin/mypy --strict tests/qemu examples benchmarks
+
+.PHONY: bench
+bench: ## Measure how long QEMU is silent while memory is locked, against QEMU's own way
+	@.ci/deps all
+	@$(MAKE) ready
+	@$(PYTHON_BIN) benchmarks/silence.py
+
+DURATION ?= 60
+.PHONY: stress
+stress: ## Retarget a writing guest at random for DURATION seconds, and compare with the kernel's own figures
+	@.ci/deps all
+	@$(MAKE) ready
+	@RAMLOCK_STRESS_SECONDS=$(DURATION) $(PYTHON_BIN) -m pytest tests/qemu/test_retarget.py $(ARGS)
+
+# The package and what it needs go into a folder of their own, so that no system Python is touched.
+LIB := $(PREFIX)/lib/ramlock
+.PHONY: install
+install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
+	@.ci/deps build
+	@$(MAKE) shim
+	install -d '$(DESTDIR)$(LIB)' '$(DESTDIR)$(PREFIX)/bin'
+	install -m 0755 injector/ramlock/ramlock.so '$(DESTDIR)$(LIB)/ramlock.so'
+	rm -rf '$(DESTDIR)$(LIB)/python'
+	python=$$(.ci/deps python) && "$$python" -m pip --quiet --disable-pip-version-check install --root-user-action ignore \
+		--target '$(DESTDIR)$(LIB)/python' .
+	rm -rf '$(DESTDIR)$(LIB)/python/bin'
+	ln -sf ../../ramlock.so '$(DESTDIR)$(LIB)/python/ramlock/ramlock.so'
+	python=$$(.ci/deps python) && printf '%s\n' "#!$$python" '# The ramlock command.' 'import sys' \
+		'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.__main__ import main' 'sys.exit(main())' \
+		>'$(DESTDIR)$(PREFIX)/bin/ramlock'
+	chmod 0755 '$(DESTDIR)$(PREFIX)/bin/ramlock'
+
+.PHONY: clean
+clean: ## Remove what was built; keep .venv and the guest
+	rm -rf build dist injector/*.egg-info injector/ramlock/ramlock.so .pytest_cache .mypy_cache .ruff_cache
+	find injector tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## Remove everything that is not in the source
+	rm -rf .venv .cache
+
+$(PYTHON_BIN):
+	@python=$$(.ci/deps python) && echo "making $(VENV) with $$python" && "$$python" -m venv $(VENV)
+
+# The shim comes first: the package's own build finds it done.
+$(INSTALLED): pyproject.toml $(wildcard setup.py) | $(PYTHON_BIN) shim
+	@echo "installing the package into $(VENV)"
+	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,252 @@
+/*
+ * The guest agent: answers one-line commands on a serial port, for tests that look at the VM from inside.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Theory of operation: single-threaded but for `clockgap`. A line comes in, one line goes out: "ok ..." or
+ * "error ...". The pattern that `touch` writes tells page from page and round from round, so that a page that
+ * was lost (zero), swapped with another or left old is seen by `verify`.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/reboot.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096UL
+#define STRIDE 512UL /* one word in each 512 bytes: eight in a page, quick enough under emulation */
+#define MAX_CPUS 64
+
+/* What the agent holds between commands. */
+struct agent {
+	FILE *in;
+	FILE *out;
+	unsigned char *mem; /* the touched memory, NULL when there is none */
+	size_t size;
+	uint64_t round; /* the round of writing that `verify` expects */
+};
+
+/* One thread of `clockgap`, bound to one CPU. */
+struct gap {
+	pthread_t thread;
+	int cpu;
+	double seconds;
+	double longest;
+};
+
+__attribute__((format(printf, 2, 3))) static void reply(struct agent *c, const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	vfprintf(c->out, format, args);
+	va_end(args);
+	fputc('\n', c->out);
+	fflush(c->out);
+}
+
+static double now(clockid_t clock)
+{
+	struct timespec t;
+
+	clock_gettime(clock, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static uint64_t pattern(size_t offset, uint64_t round)
+{
+	return (offset + 1) * UINT64_C(0x9e3779b97f4a7c15) ^ round << 56;
+}
+
+static void fill(struct agent *c)
+{
+	c->round++;
+	for (size_t i = 0; i < c->size; i += STRIDE)
+		*(volatile uint64_t *)(c->mem + i) = pattern(i, c->round);
+}
+
+/* Returns the offset of the first wrong word, or the size when all is well. */
+static size_t first_wrong(const struct agent *c)
+{
+	size_t i;
+
+	for (i = 0; i < c->size; i += STRIDE)
+		if (*(volatile uint64_t *)(c->mem + i) != pattern(i, c->round))
+			break;
+	return i < c->size ? i : c->size;
+}
+
+static void do_free(struct agent *c)
+{
+	if (c->mem)
+		munmap(c->mem, c->size);
+	c->mem = NULL;
+	c->size = 0;
+}
+
+static void do_touch(struct agent *c, const char *arg)
+{
+	size_t size = strtoull(arg, NULL, 0) & ~(PAGE - 1);
+	void *mem;
+
+	do_free(c);
+	if (!size) {
+		reply(c, "error touch needs a size of at least a page");
+		return;
+	}
+	mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (mem == MAP_FAILED) {
+		reply(c, "error mmap: %s", strerror(errno));
+		return;
+	}
+	c->mem = mem;
+	c->size = size;
+	fill(c);
+	reply(c, "ok %zu", size);
+}
+
+static void do_verify(struct agent *c)
+{
+	size_t wrong = first_wrong(c);
+
+	if (wrong < c->size)
+		reply(c, "error wrong at offset %zu: %#" PRIx64 ", expected %#" PRIx64, wrong,
+		      *(volatile uint64_t *)(c->mem + wrong), pattern(wrong, c->round));
+	else
+		reply(c, "ok %zu", c->size);
+}
+
+/* Verifies and rewrites everything for that many seconds: the guest's writes race with whatever the host does. */
+static void do_churn(struct agent *c, const char *arg)
+{
+	double end = now(CLOCK_MONOTONIC) + strtod(arg, NULL);
+	unsigned int rounds = 0;
+
+	do {
+		if (first_wrong(c) < c->size) {
+			do_verify(c);
+			return;
+		}
+		fill(c);
+		rounds++;
+	} while (now(CLOCK_MONOTONIC) < end);
+	reply(c, "ok %u", rounds);
+}
+
+static void *gap_main(void *opaque)
+{
+	struct gap *gap = opaque;
+	double begin, last, t;
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(gap->cpu, &set);
+	sched_setaffinity(0, sizeof(set), &set);
+	begin = last = now(CLOCK_MONOTONIC);
+	do {
+		t = now(CLOCK_MONOTONIC);
+		if (t - last > gap->longest)
+			gap->longest = t - last;
+		last = t;
+	} while (t - begin < gap->seconds);
+	return NULL;
+}
+
+/* The longest time that some CPU of the guest stood still, in seconds. */
+static void do_clockgap(struct agent *c, const char *arg)
+{
+	static struct gap gaps[MAX_CPUS];
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	double longest = 0;
+
+	if (cpus > MAX_CPUS)
+		cpus = MAX_CPUS;
+	for (int i = 0; i < cpus; i++) {
+		gaps[i] = (struct gap){ .cpu = i, .seconds = strtod(arg, NULL) };
+		if (pthread_create(&gaps[i].thread, NULL, gap_main, &gaps[i])) {
+			cpus = i;
+			break;
+		}
+	}
+	for (int i = 0; i < cpus; i++) {
+		pthread_join(gaps[i].thread, NULL);
+		if (gaps[i].longest > longest)
+			longest = gaps[i].longest;
+	}
+	reply(c, "ok %.6f", longest);
+}
+
+static void run(struct agent *c, char *line)
+{
+	const char *verb = strtok(line, " \t\r\n");
+	const char *arg = strtok(NULL, " \t\r\n");
+
+	if (!verb)
+		return;
+	if (!arg)
+		arg = "0";
+	if (!strcmp(verb, "hello"))
+		reply(c, "ok ramlock-guest");
+	else if (!strcmp(verb, "uptime"))
+		reply(c, "ok %.3f", now(CLOCK_BOOTTIME));
+	else if (!strcmp(verb, "cpus"))
+		reply(c, "ok %ld", sysconf(_SC_NPROCESSORS_ONLN));
+	else if (!strcmp(verb, "memory"))
+		reply(c, "ok %ld", sysconf(_SC_PHYS_PAGES) * (long)PAGE);
+	else if (!strcmp(verb, "touch"))
+		do_touch(c, arg);
+	else if (!strcmp(verb, "verify"))
+		do_verify(c);
+	else if (!strcmp(verb, "churn"))
+		do_churn(c, arg);
+	else if (!strcmp(verb, "free")) {
+		do_free(c);
+		reply(c, "ok 0");
+	} else if (!strcmp(verb, "clockgap"))
+		do_clockgap(c, arg);
+	else if (!strcmp(verb, "poweroff")) {
+		reply(c, "ok bye");
+		tcdrain(fileno(c->out));
+		reboot(RB_POWER_OFF);
+	} else
+		reply(c, "error unknown command %s", verb);
+}
+
+int main(int argc, char **argv)
+{
+	struct agent c = { 0 };
+	struct termios tty;
+	char line[256];
+	int fd;
+
+	if (argc != 2) {
+		fprintf(stderr, "usage: agent TTY\n");
+		return 2;
+	}
+	fd = open(argv[1], O_RDWR | O_NOCTTY);
+	if (fd < 0 || tcgetattr(fd, &tty) < 0) {
+		perror(argv[1]);
+		return 1;
+	}
+	cfmakeraw(&tty);
+	tcsetattr(fd, TCSANOW, &tty);
+	c.in = fdopen(fd, "r");
+	c.out = fdopen(dup(fd), "w");
+	if (!c.in || !c.out)
+		return 1;
+	reply(&c, "ok ready");
+	while (fgets(line, sizeof(line), c.in))
+		run(&c, line);
+	return 1;
+}
