@@ -1,0 +1,87 @@
+"""What the verbs share: options, parameter types, output."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ramlock.errors import RamlockError
+from ramlock.sizes import Size, parse_size
+from ramlock.vms import Selector
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def read_size(ctx: click.Context, param: click.Parameter, value: str | None) -> Size | None:
+    """Read a SIZE, as a click callback.
+
+    Raises SizeError, which unlike an error of click's keeps its hint.
+    """
+    return None if value is None else parse_size(value)
+
+
+def read_seconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Read a time that one can wait, as a click callback: finite and above 0."""
+    if value is not None and not 0 < value < 1e9:
+        raise click.BadParameter("it takes a number of seconds above 0", ctx, param)
+    return value
+
+
+def vm_options(function: F) -> F:
+    """Add --pid, --vm and --socket; `selector` turns them into a Selector."""
+    for option in (
+        click.option("--socket", type=click.Path(path_type=Path), help="The shim's socket."),
+        click.option("--vm", metavar="NAME", help="The VM that QEMU's -name calls so."),
+        click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="PID", help="The VM's QEMU process."),
+    ):
+        function = option(function)
+    return function
+
+
+def lock_options(function: F) -> F:
+    """Add the options that say how to lock."""
+    for option in (
+        click.option(
+            "--prefault/--no-prefault",
+            default=None,
+            help="Fill the memory at once, or lock it when the guest touches it.",
+        ),
+        click.option(
+            "--order",
+            type=click.Choice(["resident", "address"]),
+            help="Which pages first: those that are in memory already (default), or by address.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the shim's reply as JSON; sizes in bytes.")
+
+
+def selector(pid: int | None, vm: str | None, socket: Path | None) -> Selector:
+    """Return which VM the options name. Raises UsageError unless exactly one is given."""
+    return Selector(pid, vm, socket)
+
+
+def emit(text: str) -> None:
+    """Print data to stdout.
+
+    Raises BrokenPipeError when nobody reads it any more, RamlockError when it cannot be written.
+    """
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise RamlockError(
+            f"cannot write the output: {error.strerror}", "the guarantee is not affected; see where stdout leads"
+        ) from None
+
+
+def emit_json(raw: dict[str, Any]) -> None:
+    """Print a reply of the shim as one line of ASCII."""
+    emit(json.dumps(raw))

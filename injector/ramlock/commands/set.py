@@ -1,0 +1,132 @@
+"""`ramlock set`: set how much guest RAM is guaranteed, and wait until it is."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import click
+
+from ramlock import guarantee, vms
+from ramlock.commands.common import (
+    emit,
+    emit_json,
+    json_option,
+    lock_options,
+    read_seconds,
+    read_size,
+    selector,
+    vm_options,
+)
+from ramlock.deadline import Deadline
+from ramlock.errors import ControlError, Interrupted, Short, TimedOut
+from ramlock.reply import Guarantee
+from ramlock.sizes import Size, format_size
+
+Show = Callable[[int, int], None]
+
+
+@click.command()
+@click.argument("size", callback=read_size, metavar="SIZE")
+@vm_options
+@lock_options
+@click.option("--wait/--no-wait", default=True, help="Wait until it is locked (default), or return at once.")
+@click.option(
+    "--timeout",
+    type=float,
+    callback=read_seconds,
+    metavar="SECONDS",
+    help="Wait no longer than this, and also wait out a shortage.",
+)
+@json_option
+def command(
+    size: Size,
+    pid: int | None,
+    vm: str | None,
+    socket: Path | None,
+    order: str | None,
+    prefault: bool | None,
+    wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> None:
+    """Set how much guest RAM is guaranteed.
+
+    \b
+    Raise it, and see it happen:
+      ramlock set 3G --vm web
+    Half of guest RAM, as it is now; all of it, also what is plugged in later:
+      ramlock set 50% --vm web
+      ramlock set all --pid 4711
+    From a script, with a minute of patience, also for memory that is short just now:
+      ramlock set 3G --vm web --timeout 60 --json
+    Let go of everything:
+      ramlock set 0 --vm web
+
+    The guarantee belongs to the VM: Ctrl-C ends the waiting, not the guarantee. Several `set` at once: the last wins,
+    also in mid-flight.
+    """
+    chosen = selector(pid, vm, socket)
+    deadline = Deadline(timeout)
+    patience = guarantee.START_TIME if timeout is None else timeout
+    with vms.session(chosen, patience=patience) as found:
+        placed = _place(found, guarantee.Wish(size, order, prefault), deadline)
+        now = placed
+        if wait:
+            try:
+                with _progress(found.label, placed) as show:
+                    now = guarantee.follow(
+                        found.client, placed, deadline=deadline, patient=timeout is not None, show=show
+                    )
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"no longer waiting; the guarantee stays at {format_size(placed.requested)}",
+                    "watch it with ramlock status, or set another one",
+                ) from None
+            except (Short, TimedOut):
+                if as_json:
+                    with suppress(ControlError):
+                        emit_json(guarantee.query(found.client).raw)
+                raise
+        if as_json:
+            emit_json(now.raw)
+        else:
+            emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
+
+
+def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline) -> Guarantee:
+    try:
+        return guarantee.place(found.client, wish, pid=found.pid, deadline=deadline)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted while the guarantee was being set", "see with ramlock status whether it was"
+        ) from None
+
+
+@contextmanager
+def _progress(label: str, placed: Guarantee) -> Iterator[Show]:
+    """Show a bar on stderr when that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda held, requested: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    start = placed.held
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[sizes]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    # Drawn when there is news, by this thread: a thread that redraws would only take time from the guest.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+        task = bar.add_task(label, total=max(abs(placed.requested - start), 1), sizes="")
+
+        def show(held: int, requested: int) -> None:
+            sizes = f"{format_size(held)} of {format_size(requested)}"
+            bar.update(task, completed=abs(held - start), sizes=sizes)
+            bar.refresh()
+
+        yield show

@@ -1,0 +1,154 @@
+"""What an ELF file says about itself: can a library be preloaded into it, and does it export QEMU's symbols?
+
+The rules of LD_PRELOAD are ld.so(8)'s; when the kernel runs a program in secure-execution mode, and the loader then
+ignores LD_PRELOAD, is said in getauxval(3) under AT_SECURE and in capabilities(7).
+"""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
+from elftools.elf.hash import ELFHashTable, GNUHashTable
+
+from ramlock.errors import CannotPreload
+
+# ld-linux-x86-64.so.2, ld-linux-aarch64.so.1, ld64.so.2 (ppc64le), ld.so.1: glibc's names on its architectures.
+_GLIBC_LOADER = re.compile(r"ld-linux[\w.-]*\.so\.\d+|ld64\.so\.\d+|ld\.so\.\d+|ld-\d[\d.]*\.so", re.ASCII)
+_MAX_INTERP = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Elf:
+    """The facts about one ELF file that decide whether a preload works."""
+
+    path: Path
+    machine: str
+    """e_machine without its prefix, such as "X86_64"."""
+    bits: int
+    little_endian: bool
+    loader: str | None
+    """PT_INTERP; None for a static program and for a library."""
+    exported: frozenset[str]
+    """Those of the wanted symbols that .dynsym defines."""
+
+    @property
+    def kind(self) -> tuple[str, int, bool]:
+        """What two files must have in common to live in one process."""
+        return self.machine, self.bits, self.little_endian
+
+
+def read(path: Path, wanted: Iterable[str] = ()) -> Elf:
+    """Read the ELF file at `path` and see which of the `wanted` symbols it exports.
+
+    Raises CannotPreload when it cannot be read, is a script or is no ELF file.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(2) == b"#!":
+                raise _script(path, file)
+            return _read(path, file, wanted)
+    except OSError as error:
+        raise CannotPreload(
+            f"cannot read {path}: {error.strerror}", "ramlock must read QEMU's file to see what it is; check its mode"
+        ) from None
+    # pyelftools answers a damaged file with whatever its parsers happen to stumble over.
+    except (ELFError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError):
+        raise CannotPreload(
+            f"{path} is not a program that this machine can run (no valid ELF file)", "give the QEMU program itself"
+        ) from None
+
+
+def check_preload(program: Elf, shim: Elf) -> None:
+    """Refuse a program into whose process the loader would not put the shim.
+
+    Raises CannotPreload, saying which of the reasons it is.
+    """
+    if program.loader is None:
+        raise CannotPreload(
+            f"{program.path} is statically linked, nothing can be preloaded into it", "use a dynamically linked QEMU"
+        )
+    loader = program.loader.rsplit("/", 1)[-1]
+    if not _GLIBC_LOADER.fullmatch(loader):
+        libc = "musl" if "musl" in loader else f"the loader {program.loader}"
+        raise CannotPreload(f"{program.path} uses {libc}, the shim needs glibc", "use a QEMU built for glibc")
+    if program.kind != shim.kind:
+        raise CannotPreload(
+            f"{program.path} is {program.bits}-bit {program.machine}, the shim is {shim.bits}-bit {shim.machine}",
+            "build the shim for that architecture and name it in RAMLOCK_SHIM",
+        )
+    reason = _secure_execution(program.path)
+    if reason is not None:
+        raise CannotPreload(
+            f"{program.path} {reason}, so the loader ignores LD_PRELOAD", "use a copy of QEMU without that privilege"
+        )
+
+
+def _read(path: Path, file: IO[bytes], wanted: Iterable[str]) -> Elf:
+    elf = ELFFile(file)
+    loader = None
+    exported: frozenset[str] = frozenset()
+    for segment in elf.iter_segments():
+        kind = segment["p_type"]
+        if kind == "PT_INTERP":
+            file.seek(segment["p_offset"])
+            loader = os.fsdecode(file.read(min(segment["p_filesz"], _MAX_INTERP)).rstrip(b"\0"))
+        elif kind == "PT_DYNAMIC" and isinstance(segment, DynamicSegment):
+            exported = _exported(elf, segment, wanted)
+    return Elf(path, str(elf["e_machine"]).removeprefix("EM_"), elf.elfclass, elf.little_endian, loader, exported)
+
+
+def _exported(elf: ELFFile, dynamic: DynamicSegment, wanted: Iterable[str]) -> frozenset[str]:
+    """Look names up as the loader does, in the hash table: walking QEMU's 40,000 symbols would take seconds."""
+    names = tuple(wanted)
+    if not names:
+        return frozenset()
+    table: GNUHashTable | ELFHashTable
+    if (offset := dynamic.get_table_offset("DT_GNU_HASH")[1]) is not None:
+        table = GNUHashTable(elf, offset, dynamic)
+    elif (offset := dynamic.get_table_offset("DT_HASH")[1]) is not None:
+        table = ELFHashTable(elf, offset, None, dynamic)
+    else:
+        return frozenset()
+    found = ((name, table.get_symbol(name)) for name in names)
+    return frozenset(name for name, symbol in found if symbol is not None and symbol["st_shndx"] != "SHN_UNDEF")
+
+
+def _script(path: Path, file: IO[bytes]) -> CannotPreload:
+    interpreter = os.fsdecode(file.readline(256)).strip()
+    return CannotPreload(
+        f"{path} is a script (run by {interpreter}), not QEMU itself",
+        "give the QEMU program that the script starts, or set LD_PRELOAD inside the script",
+    )
+
+
+def _secure_execution(path: Path) -> str | None:
+    """Say why the kernel would run `path` in secure-execution mode for us; None when it would not."""
+    uid, gid = os.getuid(), os.getgid()
+    if uid != os.geteuid() or gid != os.getegid():
+        return "would run with borrowed rights (ramlock itself runs setuid)"
+    if os.statvfs(path).f_flag & os.ST_NOSUID:
+        return None
+    info = path.stat()
+    if info.st_mode & stat.S_ISUID and info.st_uid != uid:
+        return "is setuid"
+    if info.st_mode & stat.S_ISGID and info.st_mode & stat.S_IXGRP and info.st_gid != gid:
+        return "is setgid"
+    # To a real root file capabilities add nothing, and the kernel does not count them as privilege gained.
+    if uid != 0 and _has_file_capabilities(path):
+        return "has file capabilities"
+    return None
+
+
+def _has_file_capabilities(path: Path) -> bool:
+    try:
+        return bool(os.getxattr(path, "security.capability"))
+    except OSError:
+        return False

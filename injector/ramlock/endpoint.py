@@ -1,0 +1,179 @@
+"""Where a shim's socket is (docs/protocol.md says so), and how to connect to it without being led astray.
+
+A VM's process chooses its own files and may be hostile: a path is resolved inside the root that the VM sees, its links
+cannot lead out of there, and what is connected to must be a socket on which that very process listens.
+"""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import errno
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramlock import procfs
+from ramlock.deadline import Deadline
+from ramlock.errors import NoAnswer, NoPermission, NotFound, NotOurs, RamlockError
+from ramlock.text import printable
+
+_SYS_OPENAT2 = 437  # on every architecture: it came after the numbers were unified
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
+_RETRY = 0.02
+_RIGHTS = "run ramlock as root or as the user who started the VM, or start the VM with --allow-uid"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who listens on the other side, by the kernel's word (SO_PEERCRED in unix(7)); pid is 0 when we cannot see it."""
+
+    pid: int
+    uid: int
+
+
+def peer(sock: socket.socket) -> Peer:
+    """Return who called listen() on the socket that `sock` is connected to."""
+    pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Peer(pid, uid)
+
+
+def candidates(process: procfs.Process, environ: Mapping[str, str] | None) -> list[str]:
+    """List the paths, as the VM sees them, where its shim's socket may be; the likeliest first.
+
+    Its environment may be unknown, and its uid may have changed since it was started (-runas).
+    """
+    environ = environ or {}
+    file = f"ramlock/{process.inner_pid}.sock"
+    paths = [environ["RAMLOCK_SOCKET"]] if environ.get("RAMLOCK_SOCKET") else []
+    paths.append(f"/run/{file}")
+    if environ.get("XDG_RUNTIME_DIR"):
+        paths.append(f"{environ['XDG_RUNTIME_DIR']}/{file}")
+    for uid in sorted(set(process.uids) - {0}):
+        paths += [f"/run/user/{uid}/{file}", f"/tmp/ramlock-{uid}/{process.inner_pid}.sock"]  # noqa: S108 the contract
+    return list(dict.fromkeys(path for path in paths if path.startswith("/")))
+
+
+def connect(path: str, deadline: Deadline, root: int | None = None) -> socket.socket:
+    """Connect to the socket at `path`; `root` is a directory's descriptor that stands for "/".
+
+    Raises FileNotFoundError and ConnectionRefusedError when nobody listens there, NotOurs when it is no socket,
+    NoPermission when we may not, NoAnswer when the listener's queue stays full.
+    """
+    shown = printable(path)
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC) if root is None else _open_inside(root, path)
+    except PermissionError:
+        raise NoPermission(f"no permission to reach {shown}", _RIGHTS) from None
+    except NotADirectoryError:
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            raise
+        raise NotOurs(f"cannot open {shown}: {error.strerror}", "give the path of the shim's socket") from None
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise NotOurs(f"{shown} is not a socket", "give the path of the shim's socket")
+        # Through the descriptor: the path could mean another file by now, and may be longer than an address holds.
+        return _connect(f"/proc/self/fd/{fd}", shown, deadline)
+    finally:
+        os.close(fd)
+
+
+def connect_process(
+    process: procfs.Process, environ: Mapping[str, str] | None, deadline: Deadline, proc: Path = procfs.PROC
+) -> tuple[socket.socket, str]:
+    """Connect to the shim in `process`; return the socket and its path.
+
+    Raises NotFound when it has none, NoPermission when we may not, NotOurs when only others listen in its place.
+    """
+    root = None if procfs.same_root(process.pid, proc) else _open_root(process.pid, proc)
+    trouble: list[RamlockError] = []
+    try:
+        for path in candidates(process, environ):
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                try:
+                    sock = connect(path, deadline, root)
+                except (NoPermission, NotOurs) as error:
+                    trouble.append(error)
+                    continue
+                if (listener := peer(sock).pid) == process.pid:
+                    return sock, path
+                sock.close()
+                trouble.append(
+                    NotOurs(
+                        f"{printable(path)} belongs to process {listener}, not to the VM (pid {process.pid})",
+                        "remove that socket if nobody needs it, and restart the VM",
+                    )
+                )
+    finally:
+        if root is not None:
+            os.close(root)
+    if trouble:
+        raise min(trouble, key=lambda error: isinstance(error, NoPermission))
+    raise NotFound(
+        f"there is no ramlock shim in process {process.pid}",
+        "start the VM with ramlock run; if it was given another socket, name that with --socket",
+    )
+
+
+def _connect(address: str, shown: str, deadline: Deadline) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A full queue is EAGAIN at once when not blocking, and would block without end otherwise.
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(address)
+                return sock
+            except BlockingIOError:
+                if deadline.expired:
+                    raise NoAnswer(f"{shown} does not answer", "is QEMU stopped (kill -CONT)?") from None
+                time.sleep(_RETRY)
+    except PermissionError:
+        sock.close()
+        raise NoPermission(f"no permission to connect to {shown}", _RIGHTS) from None
+    except OSError as error:
+        sock.close()
+        if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            raise
+        raise NotOurs(f"cannot connect to {shown}: {error.strerror}", "give the path of the shim's socket") from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _open_root(pid: int, proc: Path) -> int:
+    try:
+        return os.open(proc / str(pid) / "root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        raise NoPermission(f"no permission to look into the file system of process {pid}", _RIGHTS) from None
+    except OSError:
+        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+
+
+def _open_inside(root: int, path: str) -> int:
+    """Open `path` (O_PATH) as if `root` were "/": neither ".." nor a symbolic link leads out (openat2(2))."""
+    import ctypes  # costs milliseconds, and only VMs in other mount namespaces need it
+
+    class OpenHow(ctypes.Structure):
+        _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+    how = OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = int(
+        libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2),
+            ctypes.c_int(root),
+            ctypes.c_char_p(os.fsencode(path)),
+            ctypes.byref(how),
+            ctypes.c_size_t(ctypes.sizeof(how)),
+        )
+    )
+    if fd < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return fd

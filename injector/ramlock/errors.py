@@ -1,0 +1,131 @@
+"""Every error that ramlock tells its user: what happened, what to do about it, and the exit code.
+
+The tree, with exit codes; whoever catches RamlockError catches all of it::
+
+    RamlockError             1  failed
+     +-- UsageError          2  the caller's words cannot be understood
+     |    +-- SizeError      2    ... a SIZE
+     +-- TimedOut            3  the guarantee is set, and not reached in time
+     +-- Refused             4  nothing was touched; the former guarantee is intact
+     |    +-- CannotPreload  4    ... this program cannot be given the shim
+     |    +-- LimitTooLow    4    ... RLIMIT_MEMLOCK does not allow it
+     +-- Short               5  set, but not all of it can be locked now
+     +-- NotFound            6  no such VM, or no shim in it
+     |    +-- VmGone         6    ... the VM ended while we worked with it
+     |    +-- NotOurs        6    ... the socket is not a shim's
+     +-- NoPermission        7  our own rights do not suffice
+     +-- ControlError        1  the conversation with the shim failed; its state is unknown
+     |    +-- NoAnswer       1    ... no answer within the deadline
+     |    +-- Disconnected   1    ... the shim hung up
+     |    +-- ProtocolError  1    ... what came is not what docs/protocol.md promises
+     +-- CommandError        1  the shim answered a command with an error; nothing changed
+     +-- Superseded          1  someone else set another guarantee while we waited
+     +-- Interrupted       130  Ctrl-C; the message says what stays behind
+"""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+
+class RamlockError(Exception):
+    """Base of all: one line of what happened (`message`) and one of what to do (`hint`)."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(RamlockError):
+    """The caller's words cannot be understood."""
+
+    exit_code = 2
+
+
+class SizeError(UsageError):
+    """A text is not a SIZE."""
+
+
+class TimedOut(RamlockError):
+    """The guarantee is set and stays set; it was not reached in time."""
+
+    exit_code = 3
+
+
+class Refused(RamlockError):
+    """Nothing was touched; the former guarantee is intact."""
+
+    exit_code = 4
+
+
+class CannotPreload(Refused):
+    """The program cannot be given the shim by LD_PRELOAD."""
+
+
+class LimitTooLow(Refused):
+    """RLIMIT_MEMLOCK of the QEMU process does not allow the guarantee."""
+
+
+class Short(RamlockError):
+    """The guarantee is set, but not all of it can be locked now."""
+
+    exit_code = 5
+
+
+class NotFound(RamlockError):
+    """There is no such VM, or no shim in it."""
+
+    exit_code = 6
+
+
+class VmGone(NotFound):
+    """The VM ended while we worked with it."""
+
+
+class NotOurs(NotFound):
+    """Something answers on the socket, and it is not a shim."""
+
+
+class NoPermission(RamlockError):
+    """The caller's rights do not suffice; another user's would."""
+
+    exit_code = 7
+
+
+class ControlError(RamlockError):
+    """The conversation with the shim failed: what it did with the last command is unknown."""
+
+
+class NoAnswer(ControlError):
+    """The shim did not answer within the deadline."""
+
+
+class Disconnected(ControlError):
+    """The shim closed the connection."""
+
+
+class ProtocolError(ControlError):
+    """What came over the socket is not what docs/protocol.md promises."""
+
+
+class CommandError(RamlockError):
+    """The shim answered a command with an error: nothing changed.
+
+    `reason` is the word in brackets that `desc` began with, or "" when there was none.
+    """
+
+    def __init__(self, desc: str, *, reason: str = "", error_class: str = "GenericError") -> None:
+        super().__init__(f"the shim refused: {desc}", "see docs/protocol.md for what the shim accepts")
+        self.desc = desc
+        self.reason = reason
+        self.error_class = error_class
+
+
+class Superseded(RamlockError):
+    """Someone else set another guarantee while we waited for ours."""
+
+
+class Interrupted(RamlockError):
+    """The user pressed Ctrl-C; the message says what stays behind."""
+
+    exit_code = 130

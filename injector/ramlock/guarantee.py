@@ -1,0 +1,211 @@
+"""Set a guarantee over a session and follow it until it is reached.
+
+Theory of operation: the shim's events say when something changed, its reply to query-ram-minguarantee says what is
+true. So an event is never believed to be the end: it only makes us ask. The query also tells, by its generation,
+whether the guarantee is still ours.
+"""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ramlock import host, reply
+from ramlock.control import Client
+from ramlock.deadline import Deadline
+from ramlock.errors import CommandError, LimitTooLow, NoAnswer, NoPermission, Refused, Short, Superseded, TimedOut
+from ramlock.reply import Guarantee, State
+from ramlock.sizes import Size, format_size
+
+ANSWER_TIME = 10.0
+"""Seconds that a shim has to answer a command."""
+START_TIME = 30.0
+"""Seconds that guest RAM may take to become known when the caller sets no time limit."""
+STALL_TIME = 120.0
+"""Seconds without any progress after which locking is given up on when the caller sets no time limit."""
+_POLL = 1.0
+_START_POLL = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the user asked for; None leaves a setting as it is."""
+
+    size: Size
+    order: str | None = None
+    prefault: bool | None = None
+
+    def arguments(self, ram: int) -> dict[str, Any]:
+        """Return the arguments of set_ram_minguarantee; a percentage is resolved once, here."""
+        arguments: dict[str, Any] = {"all": True} if self.size.kind == "all" else {"size": self.size.resolve(ram)}
+        if self.order is not None:
+            arguments["order"] = self.order
+        if self.prefault is not None:
+            arguments["prefault"] = self.prefault
+        return arguments
+
+
+def query(client: Client, deadline: Deadline | None = None) -> Guarantee:
+    """Ask for the state of the guarantee. Raises ControlError and CommandError."""
+    deadline = deadline or Deadline(None)
+    return reply.parse(client.execute("query-ram-minguarantee", deadline=deadline.within(ANSWER_TIME)))
+
+
+def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline) -> Guarantee:
+    """Set the guarantee of the VM whose QEMU is `pid`; return its state right after.
+
+    Waits while guest RAM is not known yet. Raises Refused (LimitTooLow) and NoPermission when nothing was changed,
+    Superseded when someone else set another one in the same moment.
+    """
+    started = deadline.within(START_TIME)
+    while True:
+        before = _known(client, started)
+        arguments = wish.arguments(before.ram)
+        may_raise = _raise_limit(before, wish, pid)
+        try:
+            client.execute("set_ram_minguarantee", arguments, deadline=Deadline(ANSWER_TIME))
+        except CommandError as error:
+            if error.reason == "waiting" and not started.expired:
+                time.sleep(_START_POLL)
+                continue
+            raise _refusal(error, before, wish, may_raise) from error
+        after = query(client)
+        if after.generation > before.generation + 1 and not _matches(after, arguments):
+            raise _superseded(after)
+        return after
+
+
+def follow(
+    client: Client, placed: Guarantee, *, deadline: Deadline, patient: bool, show: Callable[[int, int], None]
+) -> Guarantee:
+    """Wait until the guarantee `placed` is reached; `show` is told the bytes held and the bytes requested.
+
+    With `patient` a shortage is waited out until the deadline. Raises Short, TimedOut (the guarantee stays set in both
+    cases) and Superseded.
+    """
+    now = placed
+    stalled = Deadline(STALL_TIME)
+    while True:
+        if now.generation != placed.generation:
+            raise _superseded(now)
+        show(now.held, now.requested)
+        if now.state is State.IDLE:
+            return now
+        if now.state is State.SHORT and (deadline.expired or not patient):
+            raise short(now)
+        if deadline.expired:
+            raise _timed_out(now, "in time")
+        if stalled.expired and not patient:
+            raise _timed_out(now, f"and nothing has changed for {STALL_TIME:.0f} s")
+        _wait_for_news(client, now, deadline.within(_POLL), show)
+        try:
+            latest = query(client, deadline if not deadline.expired else None)
+        except NoAnswer:
+            if deadline.expired:
+                raise _timed_out(now, "in time") from None
+            raise
+        if latest.held != now.held:
+            stalled = Deadline(STALL_TIME)
+        now = latest
+
+
+def short(now: Guarantee) -> Short:
+    """Return the error that says why `now` is short."""
+    desc = f": {now.why.desc or now.why.reason}" if now.why else ""
+    return Short(
+        f"{format_size(now.held)} of {format_size(now.requested)} can be locked now{desc}",
+        _SHORT_HINTS.get(now.why.reason if now.why else "", "the guarantee stays set; see ramlock status"),
+    )
+
+
+_SHORT_HINTS = {
+    "rlimit": "it stays set; raise RLIMIT_MEMLOCK of QEMU (prlimit --memlock) or ask for less",
+    "cgroup": "it stays set; raise the memory limit of QEMU's cgroup or ask for less",
+    "host-memory": "it stays set; free memory on the host or ask for less",
+    "map-count": "it stays set; raise vm.max_map_count or ask for less",
+    "no-ram": "this VM has no guest RAM",
+}
+
+
+def _wait_for_news(client: Client, now: Guarantee, until: Deadline, show: Callable[[int, int], None]) -> None:
+    """Return after an event that is worth a query, or at `until`; show progress events on the way."""
+    while (event := client.event(until)) is not None:
+        if event.name != "RAM_MINGUARANTEE_PROGRESS":
+            return
+        held = event.data.get("locked" if now.prefault else "armed")
+        requested = event.data.get("requested")
+        if isinstance(held, int) and isinstance(requested, int):
+            show(held, requested)
+
+
+def _known(client: Client, deadline: Deadline) -> Guarantee:
+    """Query until guest RAM is known. Raises Refused when that does not come."""
+    while (now := query(client)).state is State.WAITING:
+        reason = now.why.reason if now.why else "starting"
+        if reason == "no-symbols":
+            raise Refused(
+                "this QEMU does not export its symbols, its guest RAM is not known; nothing was changed",
+                "use a QEMU that exports them, such as a distribution's build with modules",
+            )
+        if deadline.expired:
+            raise Refused(
+                "the VM is still starting, its guest RAM is not known yet; nothing was changed",
+                "try again, or allow more time with --timeout",
+            )
+        time.sleep(_START_POLL)
+    return now
+
+
+def _raise_limit(before: Guarantee, wish: Wish, pid: int | None) -> bool:
+    """Raise QEMU's RLIMIT_MEMLOCK when the wish needs it; tell whether our rights sufficed.
+
+    From outside, because QEMU's sandbox forbids it inside. `all` also has to hold for memory plugged in later, so it
+    takes the limit away; any other wish gets what it needs and no more.
+    """
+    need = None if wish.size.kind == "all" else wish.size.resolve(before.ram) + before.foreign + host.SLACK
+    if before.memlock_limit is None or pid is None or (need is not None and need <= before.memlock_limit):
+        return True
+    try:
+        reached = host.raise_memlock(pid, need)
+    except (PermissionError, ProcessLookupError):
+        return False
+    return reached is None or (need is not None and reached >= need)
+
+
+def _refusal(error: CommandError, before: Guarantee, wish: Wish, may_raise: bool) -> Refused | NoPermission:
+    """Turn the shim's refusal into what the user can act upon; in every case the former guarantee is intact."""
+    asked = str(wish.size)
+    if error.reason == "range":
+        return Refused(f"{asked} is more than the guest RAM of {format_size(before.ram)}", "ask for less, or say all")
+    if error.reason == "no-ram":
+        return Refused("this VM has no guest RAM that could be locked", "give the VM memory (-m)")
+    if error.reason == "waiting":
+        return Refused("the VM is still starting, its guest RAM is not known yet", "try again in a moment")
+    if error.reason == "rlimit":
+        limit = "" if before.memlock_limit is None else f" of {format_size(before.memlock_limit)}"
+        what = f"{asked} is more than QEMU's locked-memory limit{limit} allows"
+        if not may_raise:
+            return NoPermission(what + ", and this user may not raise it", "run ramlock set as root")
+        return LimitTooLow(what, "raise RLIMIT_MEMLOCK of QEMU (ulimit -l, LimitMEMLOCK=) or ask for less")
+    return Refused(error.message, error.hint)
+
+
+def _matches(now: Guarantee, arguments: dict[str, Any]) -> bool:
+    if arguments.get("all"):
+        return now.all
+    return not now.all and now.requested == arguments["size"]
+
+
+def _superseded(now: Guarantee) -> Superseded:
+    return Superseded(
+        f"someone else has set the guarantee to {format_size(now.requested)} meanwhile",
+        "theirs is in force; agree with them, then set it again",
+    )
+
+
+def _timed_out(now: Guarantee, how: str) -> TimedOut:
+    return TimedOut(
+        f"{format_size(now.held)} of {format_size(now.requested)} reached {how}; the guarantee stays set",
+        "see how far it is with ramlock status",
+    )

@@ -1,0 +1,134 @@
+"""Start QEMU with the shim preloaded: check that it can work, then become QEMU (exec, so the pid stays)."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ramlock import elf, host, procfs, shim
+from ramlock.errors import CannotPreload, LimitTooLow, UsageError
+from ramlock.sizes import Size, format_size
+from ramlock.text import printable
+
+SYMBOLS = frozenset({"qemu_get_aio_context", "qemu_ram_foreach_block", "qemu_ram_get_idstr"})
+"""Some of what the shim finds guest RAM with; a QEMU exports all of it or nothing."""
+MAX_SOCKET_PATH = 107
+"""Bytes of the longest path that an address of unix(7) holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the shim is told through RAMLOCK_*; None leaves the environment as it is."""
+
+    guarantee: Size | None = None
+    order: str | None = None
+    prefault: bool | None = None
+    socket: Path | None = None
+    allow_uid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A checked launch, ready to be executed."""
+
+    program: Path
+    argv: tuple[str, ...]
+    environ: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+def prepare(command: Sequence[str], options: Options, environ: Mapping[str, str]) -> Launch:
+    """Check everything that can be checked before QEMU runs; nothing but our own RLIMIT_MEMLOCK is changed.
+
+    Raises UsageError, CannotPreload, LimitTooLow.
+    """
+    program = resolve(command[0], environ.get("PATH", os.defpath))
+    library = shim.find(environ)
+    facts = elf.read(program, SYMBOLS)
+    elf.check_preload(facts, elf.read(library))
+    _raise_limit(options)
+    warnings = []
+    if facts.exported != SYMBOLS:
+        warnings.append(f"{program} does not export its symbols: the shim will run, but cannot find guest RAM")
+    return Launch(program, tuple(command), shim_environ(environ, library, options), tuple(warnings))
+
+
+def execute(launch: Launch) -> NoReturn:
+    """Become QEMU.
+
+    Raises CannotPreload when the kernel will not run it.
+    """
+    # Python ignores these for itself, and what is ignored stays ignored after exec.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        os.execve(launch.program, launch.argv, launch.environ)  # noqa: S606 no shell is wanted
+    except OSError as error:
+        raise CannotPreload(
+            f"cannot run {launch.program}: {error.strerror}", "check that it is QEMU for this machine"
+        ) from None
+
+
+def resolve(command: str, path: str) -> Path:
+    """Find the program as a shell would, along `path`.
+
+    Raises CannotPreload when there is none that may be executed.
+    """
+    folders = [""] if "/" in command else path.split(os.pathsep)
+    places = [Path(folder) / command for folder in folders]
+    found = [place for place in places if place.is_file()]
+    for place in found:
+        if os.access(place, os.X_OK):
+            return place
+    if found:
+        raise CannotPreload(f"{found[0]} is not executable", "give the QEMU program")
+    raise CannotPreload(f"there is no program {printable(command)}", "give QEMU's full path, or install it")
+
+
+def shim_environ(environ: Mapping[str, str], library: Path, options: Options) -> dict[str, str]:
+    """Return `environ` with the shim in front of LD_PRELOAD and the options as RAMLOCK_*.
+
+    Raises UsageError when the socket's path is too long.
+    """
+    result = dict(environ)
+    others = [entry for entry in environ.get("LD_PRELOAD", "").replace(":", " ").split() if entry != str(library)]
+    result["LD_PRELOAD"] = ":".join([str(library), *others])
+    if options.guarantee is not None:
+        result["RAMLOCK_GUARANTEE"] = options.guarantee.for_shim()
+    if options.order is not None:
+        result["RAMLOCK_ORDER"] = options.order
+    if options.prefault is not None:
+        result["RAMLOCK_PREFAULT"] = str(int(options.prefault))
+    if options.allow_uid is not None:
+        result["RAMLOCK_ALLOW_UID"] = str(options.allow_uid)
+    if options.socket is not None:
+        # QEMU may change its directory (-daemonize) before the shim listens.
+        path = os.path.abspath(options.socket)
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            raise UsageError(
+                f"the socket's path is longer than {MAX_SOCKET_PATH} bytes", "choose a shorter one, such as in /run"
+            )
+        result["RAMLOCK_SOCKET"] = path
+    return result
+
+
+def own_environ(environ: Mapping[str, str], proc: Path = procfs.PROC) -> dict[str, str]:
+    """Return our environment without the LC_CTYPE that Python sets for itself in the C locale (PEP 538)."""
+    before = procfs.environ(os.getpid(), proc)
+    return {key: value for key, value in environ.items() if key != "LC_CTYPE" or before is None or key in before}
+
+
+def _raise_limit(options: Options) -> None:
+    """Raise our RLIMIT_MEMLOCK, which QEMU inherits, as far as we may. Raises LimitTooLow when that cannot suffice."""
+    limit = host.raise_memlock(0, None)
+    wanted = options.guarantee
+    if limit is None or wanted is None or wanted.kind != "bytes" or wanted.value <= limit:
+        return
+    if not host.locks_freely_after_exec():
+        raise LimitTooLow(
+            f"the locked-memory limit of {format_size(limit)} is below the guarantee of {wanted}",
+            "raise it (ulimit -l as root, LimitMEMLOCK= in systemd, limits.conf), or run ramlock as root",
+        )

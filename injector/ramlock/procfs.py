@@ -1,0 +1,219 @@
+"""Facts about processes, out of /proc.
+
+Every function takes the /proc root, so that a test can hand it a folder. Every file is read with a bound: a process
+decides itself what its command line and environment say, and how long they are. See proc(5) for the formats.
+"""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import itertools
+import os
+import re
+import select
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramlock.errors import NoPermission, NotFound, VmGone
+
+PROC = Path("/proc")
+MAX_FILE = 1 << 20
+"""Bytes read at most of any one file."""
+
+_QEMU = re.compile(r"\.?(qemu-system-[\w.+-]+|qemu-kvm|qemu|kvm)(-wrapped)?( \(deleted\))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What /proc tells anyone about a process."""
+
+    pid: int
+    start_time: int
+    """In clock ticks since boot: tells two processes of one pid apart."""
+    state: str
+    """One letter, as in ps: Z is a zombie, T is stopped."""
+    uids: tuple[int, ...]
+    """Real, effective, saved and file system uid."""
+    inner_pid: int
+    """The pid that the process sees itself: another one in a pid namespace."""
+    locked: int
+    """VmLck in bytes: the length of its locked mappings, resident or not."""
+    exe: str | None
+    """The executable; None when we may not know."""
+    cmdline: tuple[str, ...]
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is dead and only waits for its parent."""
+        return self.state in "ZX"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal or a debugger has stopped it."""
+        return self.state in "Tt"
+
+    @property
+    def is_qemu(self) -> bool:
+        """Whether it looks like a QEMU system emulator. Anyone can look like one."""
+        program = self.exe or (self.cmdline[0] if self.cmdline else "")
+        return _QEMU.fullmatch(program.rsplit("/", 1)[-1]) is not None
+
+    @property
+    def name(self) -> str | None:
+        """The VM's name from QEMU's -name; None when it has none."""
+        return vm_name(self.cmdline)
+
+
+def read(pid: int, proc: Path = PROC) -> Process:
+    """Read what there is to know about `pid`.
+
+    Raises NotFound when there is no such process.
+    """
+    try:
+        status = _status(_bytes(proc / str(pid) / "status"))
+        stat = _bytes(proc / str(pid) / "stat")
+        cmdline = _bytes(proc / str(pid) / "cmdline")
+        # The command's name stands in parentheses and may itself contain spaces and parentheses.
+        fields = stat[stat.rindex(b")") + 2 :].split()
+        return Process(
+            pid=pid,
+            start_time=int(fields[19]),
+            state=fields[0].decode("ascii"),
+            uids=tuple(int(uid) for uid in status["Uid"].split()),
+            inner_pid=int(status.get("NSpid", str(pid)).split()[-1]),
+            locked=int(status.get("VmLck", "0 kB").split()[0]) * 1024,
+            exe=_link(proc / str(pid) / "exe"),
+            cmdline=tuple(os.fsdecode(word) for word in cmdline.split(b"\0")[:-1]),
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+    except PermissionError:
+        raise NoPermission(f"process {pid} may not be looked at", "run ramlock as root or as the VM's user") from None
+
+
+def environ(pid: int, proc: Path = PROC) -> dict[str, str] | None:
+    """Return the environment that `pid` was started with; None when we may not know."""
+    try:
+        return parse_environ(_bytes(proc / str(pid) / "environ"))
+    except OSError:
+        return None
+
+
+def parse_environ(block: bytes) -> dict[str, str]:
+    """Read NAME=VALUE words, each ended by a zero byte."""
+    pairs = (os.fsdecode(word).partition("=") for word in block.split(b"\0"))
+    return {name: value for name, equals, value in pairs if equals}
+
+
+def memlock_limit(pid: int, proc: Path = PROC) -> tuple[int | None, int | None]:
+    """Return the soft and hard RLIMIT_MEMLOCK of `pid` in bytes; None is unlimited.
+
+    Raises NotFound when there is no such process.
+    """
+    try:
+        text = _bytes(proc / str(pid) / "limits").decode("ascii", "replace")
+    except OSError:
+        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+    match = re.search(r"^Max locked memory\s+(\S+)\s+(\S+)", text, re.MULTILINE)
+    if match is None:
+        return None, None
+    soft, hard = (None if word == "unlimited" else int(word) for word in match.groups())
+    return soft, hard
+
+
+def capabilities(pid: int | str, which: str, proc: Path = PROC) -> int:
+    """Return a capability set of `pid` as a bit mask; `which` is "CapEff", "CapBnd", "CapAmb" and so on."""
+    return int(_status(_bytes(proc / str(pid) / "status")).get(which, "0"), 16)
+
+
+def same_root(pid: int, proc: Path = PROC) -> bool:
+    """Tell whether a path means the same file to `pid` as to us; True when we may not know."""
+    try:
+        ours, theirs = os.stat(proc / "self/ns/mnt"), os.stat(proc / str(pid) / "ns/mnt")
+        return ours.st_ino == theirs.st_ino and os.path.samefile(proc / "self/root/.", proc / str(pid) / "root/.")
+    except OSError:
+        return True
+
+
+def qemus(proc: Path = PROC) -> Iterator[Process]:
+    """Yield every process that looks like a QEMU system emulator, in order of pid."""
+    for pid in sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal()):
+        try:
+            process = read(pid, proc)
+        except (NotFound, NoPermission, ValueError, IndexError, KeyError):
+            continue  # ended while we looked
+        if process.is_qemu and not process.ended:
+            yield process
+
+
+def vm_name(cmdline: tuple[str, ...]) -> str | None:
+    """Return the name that a QEMU command line gives its VM, or None.
+
+    `-name web` and `-name guest=web,debug-threads=on` are the same; a comma is written twice; the last one counts.
+    """
+    name = None
+    for option, value in itertools.pairwise(cmdline):
+        if option not in ("-name", "--name"):
+            continue
+        for index, part in enumerate(_split_options(value)):
+            key, equals, rest = part.partition("=")
+            if equals and key == "guest":
+                name = rest
+            elif not equals and index == 0:
+                name = part
+    return name
+
+
+def _split_options(value: str) -> list[str]:
+    """Split QEMU's `a,b=c,,d` into "a" and "b=c,d"."""
+    parts = [""]
+    for piece in re.split(r"(,,|,)", value):
+        if piece == ",":
+            parts.append("")
+        else:
+            parts[-1] += "," if piece == ",," else piece
+    return parts
+
+
+class Pin:
+    """Holds on to a process, so that its pid cannot come to mean another one unnoticed (pidfd_open(2))."""
+
+    def __init__(self, pid: int) -> None:
+        """Pin `pid`. Raises NotFound when there is no such process."""
+        self.pid = pid
+        try:
+            self._fd = os.pidfd_open(pid)
+        except OSError:
+            raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs, and so whether what was read of its pid was about it."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return not poll.poll(0)
+
+    def check(self) -> None:
+        """Raise VmGone when the process has ended."""
+        if not self.alive:
+            raise VmGone(f"the VM (pid {self.pid}) has ended", "look into QEMU's own log for why")
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
+def _bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_FILE)
+
+
+def _link(path: Path) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def _status(text: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in text.decode("utf-8", "replace").splitlines())
+    return {key: value.strip() for key, _, value in lines}

@@ -1,0 +1,150 @@
+"""The reply to query-ram-minguarantee as a frozen record; docs/protocol.md is the reference."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import enum
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ramlock.errors import ProtocolError
+from ramlock.text import printable
+
+T = TypeVar("T")
+
+
+class State(enum.Enum):
+    """What the lock thread is doing."""
+
+    WAITING = "waiting"
+    """Guest RAM is not known yet."""
+    IDLE = "idle"
+    """The guarantee is held."""
+    LOCKING = "locking"
+    UNLOCKING = "unlocking"
+    SHORT = "short"
+    """Not all of the guarantee can be locked now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """Why the guarantee is short, or guest RAM unknown."""
+
+    reason: str
+    desc: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A RAM block; sizes in bytes."""
+
+    id: str
+    size: int
+    locked: int
+    page_size: int
+    backing: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """The state of a guarantee; sizes in bytes, `rate` in bytes per second, `eta_s` in seconds."""
+
+    requested: int
+    all: bool
+    locked: int
+    armed: int
+    foreign: int
+    state: State
+    ram: int
+    order: str
+    prefault: bool
+    generation: int
+    blocks: tuple[Block, ...]
+    rate: int
+    eta_s: int | None
+    step_max_us: int | None
+    step_p99_us: int | None
+    memlock_limit: int | None
+    """RLIMIT_MEMLOCK; None is unlimited."""
+    why: Why | None
+    """Set in the states short and waiting."""
+    raw: dict[str, Any]
+    """The reply as it came."""
+
+    @property
+    def held(self) -> int:
+        """The bytes that count towards the guarantee: without prefault a lock in wait is all that was asked for."""
+        return self.locked if self.prefault else self.armed
+
+
+def parse(reply: object) -> Guarantee:
+    """Read the reply.
+
+    Raises ProtocolError when a member is missing or of the wrong type.
+    """
+    if not isinstance(reply, dict):
+        raise _bad("the reply")
+    try:
+        state = State(_get(reply, "state", str))
+    except ValueError:
+        raise _bad("state") from None
+    why = reply.get(state.value) if state in (State.SHORT, State.WAITING) else None
+    return Guarantee(
+        requested=_size(reply, "requested"),
+        all=_get(reply, "all", bool, False),
+        locked=_size(reply, "locked"),
+        armed=_size(reply, "armed"),
+        foreign=_size(reply, "foreign", 0),
+        state=state,
+        ram=_size(reply, "ram"),
+        order=printable(_get(reply, "order", str, ""), 40),
+        prefault=_get(reply, "prefault", bool, True),
+        generation=_size(reply, "generation"),
+        blocks=tuple(_block(block) for block in _get(reply, "blocks", list, [])),
+        rate=_size(reply, "rate", 0),
+        eta_s=_maybe(reply, "eta-s"),
+        step_max_us=_maybe(reply, "step-max-us"),
+        step_p99_us=_maybe(reply, "step-p99-us"),
+        memlock_limit=_maybe(reply, "memlock-limit"),
+        why=_why(why) if isinstance(why, dict) else None,
+        raw=reply,
+    )
+
+
+def _block(block: object) -> Block:
+    if not isinstance(block, dict):
+        raise _bad("blocks")
+    return Block(
+        id=printable(_get(block, "id", str), 256),
+        size=_size(block, "size"),
+        locked=_size(block, "locked"),
+        page_size=_size(block, "page-size"),
+        backing=printable(_get(block, "backing", str), 40),
+    )
+
+
+def _why(why: dict[str, Any]) -> Why:
+    return Why(printable(_get(why, "reason", str), 40), printable(_get(why, "desc", str, "")))
+
+
+def _get(reply: dict[str, Any], name: str, kind: type[T], default: T | None = None) -> T:
+    value = reply.get(name, default)
+    # bool is an int to Python; it is none to JSON.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _bad(name)
+    return value
+
+
+def _size(reply: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = _get(reply, name, int, default)
+    if not 0 <= value < 1 << 64:
+        raise _bad(name)
+    return value
+
+
+def _maybe(reply: dict[str, Any], name: str) -> int | None:
+    return _size(reply, name) if name in reply else None
+
+
+def _bad(name: str) -> ProtocolError:
+    return ProtocolError(
+        f"the shim's reply is not understood ({name})", "are shim and ramlock of the same version? restart the VM"
+    )

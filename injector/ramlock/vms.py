@@ -1,0 +1,153 @@
+"""Which VM is meant (--pid, --vm or --socket), and a session with the shim in it."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramlock import endpoint, procfs
+from ramlock.control import Client
+from ramlock.deadline import Deadline
+from ramlock.errors import Disconnected, NoPermission, NotFound, Refused, UsageError, VmGone
+from ramlock.text import printable
+
+ANSWER_TIME = 10.0
+"""Seconds that a shim has to answer; its control thread does nothing that takes long."""
+_RETRY = 0.05
+_EXIT_TIME = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """The user's word for one VM: exactly one of the three."""
+
+    pid: int | None = None
+    name: str | None = None
+    socket: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError unless exactly one is given."""
+        if [self.pid, self.name, self.socket].count(None) != 2:
+            raise UsageError("which VM is meant?", "give exactly one of --pid PID, --vm NAME and --socket PATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """A VM and a session with its shim."""
+
+    client: Client
+    pid: int | None
+    """None when its process is out of our sight (another pid namespace)."""
+    name: str | None
+    pin: procfs.Pin | None
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        where = f"pid {self.pid}" if self.pid else self.client.where
+        return f"{printable(self.name, 80)} ({where})" if self.name else f"VM ({where})"
+
+    def close(self) -> None:
+        """End the session."""
+        self.client.close()
+        if self.pin is not None:
+            self.pin.close()
+
+
+def find_pid(name: str, proc: Path = procfs.PROC) -> int:
+    """Return the pid of the only QEMU whose -name is `name`.
+
+    Raises NotFound when there is none, Refused when there are several.
+    """
+    pids = [process.pid for process in procfs.qemus(proc) if process.name == name]
+    if not pids:
+        raise NotFound(f"no running VM is named '{printable(name)}'", "see the running VMs with: pgrep -a qemu")
+    if len(pids) > 1:
+        raise Refused(
+            f"{len(pids)} VMs are named '{printable(name)}': pids {', '.join(map(str, pids))}",
+            "choose one of them with --pid",
+        )
+    return pids[0]
+
+
+@contextmanager
+def session(selector: Selector, *, patience: float = 0.0, proc: Path = procfs.PROC) -> Iterator[Vm]:
+    """Find the VM, connect to its shim and make sure of both; wait up to `patience` seconds for one that is starting.
+
+    Inside the block a broken connection becomes VmGone when it broke because the VM ended.
+    Raises NotFound, NoPermission, Refused, and ControlError when the shim does not behave.
+    """
+    vm = _connect(selector, Deadline(patience), proc)
+    try:
+        vm.client.greet(Deadline(ANSWER_TIME))
+        yield vm
+    except Disconnected as error:
+        _raise_if_gone(vm)
+        if not vm.client.package and os.geteuid() != 0:
+            raise NoPermission(
+                f"{vm.client.where} closed the connection without a greeting: it does not serve this user",
+                "run ramlock as root or as the user who started the VM, or start the VM with --allow-uid",
+            ) from error
+        raise
+    finally:
+        vm.close()
+
+
+def _connect(selector: Selector, patience: Deadline, proc: Path) -> Vm:
+    if selector.socket is not None:
+        return _by_socket(selector.socket, proc)
+    pid = selector.pid if selector.pid is not None else find_pid(selector.name or "", proc)
+    pin = procfs.Pin(pid)
+    try:
+        while True:
+            process = procfs.read(pid, proc)
+            pin.check()
+            environ = procfs.environ(pid, proc)
+            try:
+                sock, path = endpoint.connect_process(process, environ, Deadline(ANSWER_TIME), proc)
+                break
+            except NotFound:
+                if patience.expired or not _expects_shim(environ):
+                    raise
+                time.sleep(_RETRY)
+        pin.check()
+        return Vm(Client(sock, printable(path)), pid, process.name, pin)
+    except BaseException:
+        pin.close()
+        raise
+
+
+def _by_socket(path: Path, proc: Path) -> Vm:
+    shown = printable(str(path))
+    try:
+        sock = endpoint.connect(str(path), Deadline(ANSWER_TIME))
+    except FileNotFoundError:
+        raise NotFound(f"there is no socket {shown}", "is the VM running? give its --pid to have it found") from None
+    except ConnectionRefusedError:
+        raise NotFound(f"nobody listens on {shown}", "the VM that made it has ended; remove the file") from None
+    client = Client(sock, shown)
+    pid = endpoint.peer(sock).pid
+    try:
+        return Vm(client, pid, procfs.read(pid, proc).name, procfs.Pin(pid))
+    except (NotFound, NoPermission):
+        return Vm(client, None, None, None)  # out of our sight; the socket is all that was asked for
+
+
+def _expects_shim(environ: dict[str, str] | None) -> bool:
+    """Tell whether a process was started with the shim, so that its socket may only be late."""
+    environ = environ or {}
+    return "ramlock" in environ.get("LD_PRELOAD", "") or any(name.startswith("RAMLOCK_") for name in environ)
+
+
+def _raise_if_gone(vm: Vm) -> None:
+    """Raise VmGone when the VM's process ends: its connections close a moment before."""
+    deadline = Deadline(_EXIT_TIME)
+    while vm.pin is not None and vm.client.package:
+        if not vm.pin.alive:
+            raise VmGone(f"{vm.label} has ended", "look into QEMU's own log for why")
+        if deadline.expired:
+            return
+        time.sleep(_RETRY)
