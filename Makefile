@@ -113,7 +113,7 @@ install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
 	rm -rf '$(DESTDIR)$(LIB)/python/bin'
 	ln -sf ../../ramlock.so '$(DESTDIR)$(LIB)/python/ramlock/ramlock.so'
 	python=$$(.ci/deps python) && printf '%s\n' "#!$$python" '# The ramlock command.' 'import sys' \
-		'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.__main__ import main' 'sys.exit(main())' \
+		'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.commands import main' 'sys.exit(main())' \
 		>'$(DESTDIR)$(PREFIX)/bin/ramlock'
 	chmod 0755 '$(DESTDIR)$(PREFIX)/bin/ramlock'
 
@@ -132,5 +132,5 @@ $(PYTHON_BIN):
 # The shim comes first: the package's own build finds it done.
 $(INSTALLED): pyproject.toml $(wildcard setup.py) | $(PYTHON_BIN) shim
 	@echo "installing the package into $(VENV)"
-	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --editable '.[dev]'
+	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --editable '.[test]'
 	@touch $@

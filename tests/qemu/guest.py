@@ -80,7 +80,7 @@ class Guest:
     how         "run": under the ramlock command; "env": the shim by LD_PRELOAD; "plain": without ramlock
     ramlock     arguments of `ramlock run`
     env         more environment; RAMLOCK_SOCKET moves the shim's socket here too
-    args        more arguments of QEMU
+    args        more arguments of QEMU; "{directory}" in them is replaced
     user        uid and gid to start as, without any capability
     prepare     words put before the command line, such as prlimit and its arguments
     """
@@ -127,7 +127,7 @@ class Guest:
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-qmp", f"unix:{self.directory}/qmp,server=on,wait=off", "-pidfile", f"{self.directory}/pid"),
             *(self._kernel(append) if boot else ()),
-            *args,
+            *(word.replace("{directory}", str(self.directory)) for word in args),
         ]
 
     def _launcher(self, ramlock: Sequence[str], prepare: Sequence[str]) -> list[str]:

@@ -1,0 +1,100 @@
+"""Every example does what it says, with a real QEMU."""
+
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Need
+from tests.qemu.conftest import assert_holds, ramlock
+from tests.qemu.guest import GIB, MIB, RAMLOCK, ROOT, SHIM, Guest
+
+pytestmark = pytest.mark.usefixtures("lockable")
+
+EXAMPLES = ROOT / "examples"
+
+
+def test_launch() -> None:
+    path = f"{RAMLOCK.parent}:{os.environ['PATH']}"
+    with Guest(how="plain", qemu=str(EXAMPLES / "launch.sh"), memory=512 * MIB, env={"PATH": path}) as guest:
+        guest.settle()
+        assert_holds(guest, 256 * MIB)
+        assert ramlock("set", "300M", "--vm", "web-1").returncode == 0
+        assert_holds(guest, 300 * MIB)
+
+
+def test_launch_by_environment() -> None:
+    script = str(EXAMPLES / "launch-env.sh")
+    with Guest(how="plain", qemu=script, memory=512 * MIB, env={"RAMLOCK_SO": str(SHIM)}) as guest:
+        guest.settle()
+        assert_holds(guest, 256 * MIB)
+
+
+@pytest.mark.usefixtures("root")
+def test_set_over_socket_by_socat(need: Need) -> None:
+    need("socat", "socat")
+    with Guest() as guest:
+        guest.settle()
+        command = [str(EXAMPLES / "set-over-socket.sh"), str(guest.pid), str(192 * MIB)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert result.stdout.count('"return"') == 2
+        guest.settle()
+        assert_holds(guest, 192 * MIB)
+
+
+def test_set_over_socket_by_library() -> None:
+    def run(size: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(EXAMPLES / "set-over-socket.py"), str(guest.shim_socket), str(size)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+    with Guest() as guest:
+        guest.settle()
+        result = run(320 * MIB)
+        assert result.returncode == 0, result.stderr
+        assert re.search(r"RAM_MINGUARANTEE_REACHED: 32[0-4] of 320 MiB", result.stdout)
+        assert_holds(guest, 320 * MIB)
+        assert run(2 * GIB).returncode == 4
+        assert_holds(guest, 320 * MIB)
+
+
+def leftovers() -> set[str]:
+    """What a demo leaves in the temporary directory while it runs."""
+    return {path.name for path in Path("/tmp").glob("ramlock-*") if (path / "qmp").exists()}
+
+
+@pytest.mark.deadline(400)
+def test_demo_cleans_up() -> None:
+    before = leftovers()
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "demo.py")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, (result.stdout, result.stderr)
+    assert "✓" in result.stdout
+    assert "✗" not in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+    assert leftovers() == before
+
+
+def test_demo_interrupted_cleans_up() -> None:
+    before = leftovers()
+    demo = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "demo.py")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 60
+    while leftovers() == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    demo.send_signal(signal.SIGINT)
+    said, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, said
+    assert "nothing is left behind" in said
+    assert leftovers() == before
