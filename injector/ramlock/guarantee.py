@@ -6,6 +6,7 @@ whether the guarantee is still ours.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,9 +186,10 @@ def _refusal(error: CommandError, before: Guarantee, wish: Wish, may_raise: bool
     if error.reason == "rlimit":
         limit = "" if before.memlock_limit is None else f" of {format_size(before.memlock_limit)}"
         what = f"{asked} is more than QEMU's locked-memory limit{limit} allows"
-        if not may_raise:
+        # To a root without CAP_SYS_RESOURCE there is no better user to send to.
+        if not may_raise and os.geteuid() != 0:
             return NoPermission(what + ", and this user may not raise it", "run ramlock set as root")
-        return LimitTooLow(what, "raise RLIMIT_MEMLOCK of QEMU (ulimit -l, LimitMEMLOCK=) or ask for less")
+        return LimitTooLow(what, "raise RLIMIT_MEMLOCK before QEMU starts (ulimit -l, LimitMEMLOCK=), or ask for less")
     return Refused(error.message, error.hint)
 
 

@@ -4,7 +4,6 @@
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -102,6 +101,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return 141
     except Exception as error:  # noqa: BLE001 whatever it is, the user gets two lines and not a traceback
         if os.environ.get("RAMLOCK_DEBUG"):
+            import traceback  # loads much that no other command needs
+
             traceback.print_exc()
         _tell(
             f"unexpected {type(error).__name__}: {error}",

@@ -1,0 +1,73 @@
+"""A module imports only from the floors below it, and one module alone knows each foreign library."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "injector" / "ramlock"
+FLOORS = [
+    {"errors", "text"},
+    {"deadline", "sizes"},
+    {"procfs", "elf", "control", "reply", "shim"},
+    {"host", "endpoint"},
+    {"launch", "guarantee"},
+    {"vms"},
+    {"commands"},
+    {"__main__"},
+]
+FOREIGN = {"elftools": {"elf"}, "click": {"commands"}, "rich": {"commands"}}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module(path: Path) -> str:
+    """The name under which the floors know a file: commands are one."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor(name: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if name in names)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """All dotted names that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            # `from ramlock import vms` imports the module, `from ramlock.vms import session` something in it.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_the_floors_below(path: Path) -> None:
+    own = module(path)
+    if own == "__init__":
+        assert not list(imports(path))
+        return
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top != "ramlock":
+            continue
+        other = rest.partition(".")[0]
+        if other == own or other == "__version__":
+            continue
+        assert floor(other) < floor(own), f"{own} (floor {floor(own)}) imports {other} (floor {floor(other)})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_foreign_libraries_have_one_importer(path: Path) -> None:
+    for name in imports(path):
+        top = name.partition(".")[0]
+        if top == "ramlock" or top in sys.stdlib_module_names:
+            continue
+        assert module(path) in FOREIGN.get(top, set()), f"{module(path)} imports {top}"
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {module(path) for path in MODULES} - {"__init__"} == set().union(*FLOORS)
