@@ -1,0 +1,284 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The command table of the control socket, and the events. */
+#include "commands.h"
+
+#include <errno.h>
+#include <json-c/json.h>
+#include <string.h>
+
+typedef void command_fn(struct commands *c, struct json_object *arguments, struct qmp_reply *r);
+
+struct argument {
+	const char *name;
+	json_type type;
+};
+
+enum { ARGUMENTS_MAX = 4 };
+
+struct command {
+	const char *name;
+	command_fn *run;
+	struct argument arguments[ARGUMENTS_MAX + 1]; /* ends with an empty one */
+};
+
+static void add(struct json_object *o, const char *key, struct json_object *value)
+{
+	json_object_object_add(o, key, value);
+}
+
+static void add_string(struct json_object *o, const char *key, const char *value)
+{
+	add(o, key, json_object_new_string(value));
+}
+
+static void add_size(struct json_object *o, const char *key, uint64_t value)
+{
+	add(o, key, json_object_new_uint64(value));
+}
+
+static void add_bool(struct json_object *o, const char *key, bool value)
+{
+	add(o, key, json_object_new_boolean(value));
+}
+
+/* Adds {"reason", "desc"} as @key. */
+static void add_reason(struct json_object *o, const char *key, const char *reason, const char *desc)
+{
+	struct json_object *why = json_object_new_object();
+
+	add_string(why, "reason", reason);
+	add_string(why, "desc", desc);
+	add(o, key, why);
+}
+
+static void set_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	struct json_object *size = NULL, *all = NULL, *order = NULL, *prefault = NULL;
+	struct wish wish;
+	char text[SHORT_TEXT] = "";
+	int err;
+
+	json_object_object_get_ex(arguments, "size", &size);
+	json_object_object_get_ex(arguments, "all", &all);
+	json_object_object_get_ex(arguments, "order", &order);
+	json_object_object_get_ex(arguments, "prefault", &prefault);
+
+	locker_query(c->locker, &c->status);
+	wish = c->status.wish;
+	wish.all = all && json_object_get_boolean(all);
+	if (wish.all && size) {
+		qmp_fail(r, NULL, "Parameters 'size' and 'all' are mutually exclusive");
+		return;
+	}
+	if (!wish.all && !size) {
+		qmp_fail(r, NULL, "Parameter 'size' is missing");
+		return;
+	}
+	if (size && json_object_get_int64(size) < 0) {
+		qmp_fail(r, NULL, "Parameter 'size' expects a non-negative number of bytes");
+		return;
+	}
+	wish.lock_ram_size = json_object_get_uint64(size); /* clamped when out of its range: above any guest RAM */
+	if (order) {
+		const char *name = json_object_get_string(order);
+
+		wish.order = !strcmp(name, "address") ? ORDER_ADDRESS : ORDER_RESIDENT;
+		if (wish.order == ORDER_RESIDENT && strcmp(name, "resident")) {
+			qmp_fail(r, NULL, "Parameter 'order' does not accept value '%.64s'", name);
+			return;
+		}
+	}
+	if (prefault)
+		wish.prefault = json_object_get_boolean(prefault);
+
+	err = locker_set(c->locker, &wish, text);
+	if (err) {
+		const char *word = err == -ERANGE ? "range" : err == -EPERM ? "rlimit" : err == -ENODEV ? "no-ram" : "waiting";
+
+		qmp_fail(r, NULL, "[%s] %s", word, text);
+		return;
+	}
+	c->launch_error[0] = '\0';
+	r->value = json_object_new_object();
+}
+
+static struct json_object *block_object(const struct ram_block *b)
+{
+	struct json_object *o = json_object_new_object();
+
+	add_string(o, "id", b->id);
+	add_size(o, "host", b->host.start);
+	add_size(o, "size", range_size(b->host));
+	add_size(o, "page-size", b->page_size);
+	add_string(o, "backing", backing_name(b->backing));
+	return o;
+}
+
+static void add_waiting(struct json_object *o, const struct commands *c)
+{
+	if (c->symbols)
+		add_reason(o, "waiting", "starting", "the VM is still being set up");
+	else
+		add_reason(o, "waiting", "no-symbols",
+			   "this QEMU does not export its symbols, so guest RAM cannot be found from inside");
+}
+
+static void query_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	struct locker_status *s = &c->status;
+	struct json_object *o = json_object_new_object(), *blocks = json_object_new_array();
+
+	(void)arguments;
+	locker_query(c->locker, s);
+	add_size(o, "requested", s->requested);
+	add_bool(o, "all", s->wish.all);
+	add_size(o, "locked", s->locked);
+	add_size(o, "armed", s->armed);
+	add_size(o, "foreign", s->foreign);
+	add_string(o, "state", locker_state_name(s->state));
+	add_size(o, "ram", s->ram);
+	add_string(o, "order", s->wish.order == ORDER_ADDRESS ? "address" : "resident");
+	add_bool(o, "prefault", s->wish.prefault);
+	add_size(o, "generation", s->generation);
+	for (size_t i = 0; i < s->n_blocks; i++) {
+		struct json_object *block = block_object(&s->blocks[i].block);
+
+		add_size(block, "locked", s->blocks[i].locked);
+		json_object_array_add(blocks, block);
+	}
+	add(o, "blocks", blocks);
+	add_size(o, "step-max-us", s->step_max_us);
+	add_size(o, "step-p99-us", s->step_p99_us);
+	add_size(o, "rate", s->rate);
+	if (s->state == LOCKER_LOCKING || s->state == LOCKER_UNLOCKING)
+		add_size(o, "eta-s", s->eta_s);
+	add_size(o, "extents", s->extents);
+	if (s->memlock_limit != UINT64_MAX)
+		add_size(o, "memlock-limit", s->memlock_limit);
+	if (s->state == LOCKER_SHORT)
+		add_reason(o, "short", shortage_name(s->shortage), s->short_text);
+	if (s->state == LOCKER_WAITING)
+		add_waiting(o, c);
+	if (c->launch_error[0])
+		add_string(o, "launch-error", c->launch_error);
+	r->value = o;
+}
+
+static void query_ram_blocks(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	struct json_object *blocks = json_object_new_array();
+
+	(void)arguments;
+	locker_query(c->locker, &c->status);
+	for (size_t i = 0; i < c->status.n_blocks; i++) {
+		struct json_object *block = block_object(&c->status.blocks[i].block);
+
+		add_string(block, "source", "qemu");
+		json_object_array_add(blocks, block);
+	}
+	r->value = blocks;
+}
+
+static void query_version(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	(void)c, (void)arguments;
+	r->value = qmp_version();
+}
+
+static command_fn query_commands;
+
+static const struct command table[] = {
+	{ "set_ram_minguarantee",
+	  set_ram_minguarantee,
+	  { { "size", json_type_int },
+	    { "all", json_type_boolean },
+	    { "order", json_type_string },
+	    { "prefault", json_type_boolean } } },
+	{ "query-ram-minguarantee", query_ram_minguarantee, { { 0 } } },
+	{ "query-ram-blocks", query_ram_blocks, { { 0 } } },
+	{ "query-version", query_version, { { 0 } } },
+	{ "query-commands", query_commands, { { 0 } } },
+};
+enum { COMMANDS = sizeof(table) / sizeof(table[0]) };
+
+static void add_command(struct json_object *list, const char *name)
+{
+	struct json_object *o = json_object_new_object();
+
+	add_string(o, "name", name);
+	json_object_array_add(list, o);
+}
+
+static void query_commands(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	(void)c, (void)arguments;
+	r->value = json_object_new_array();
+	add_command(r->value, "qmp_capabilities"); /* the session's own, see qmp.c */
+	for (size_t i = 0; i < COMMANDS; i++)
+		add_command(r->value, table[i].name);
+}
+
+/* Checks the arguments as QEMU checks its own. Returns false with an error in @r. */
+static bool check_arguments(const struct command *command, struct json_object *arguments, struct qmp_reply *r)
+{
+	json_object_object_foreach(arguments, key, value)
+	{
+		const struct argument *a = command->arguments;
+
+		while (a->name && strcmp(a->name, key))
+			a++;
+		if (!a->name) {
+			qmp_fail(r, NULL, "Parameter '%.64s' is unexpected", key);
+			return false;
+		}
+		if (!json_object_is_type(value, a->type)) {
+			qmp_fail(r, NULL, "Invalid parameter type for '%s', expected: %s", key,
+				 a->type == json_type_int ? "integer" : json_type_to_name(a->type));
+			return false;
+		}
+	}
+	return true;
+}
+
+void commands_run(void *opaque, const char *command, struct json_object *arguments, struct qmp_reply *reply)
+{
+	for (size_t i = 0; i < COMMANDS; i++)
+		if (!strcmp(table[i].name, command)) {
+			if (check_arguments(&table[i], arguments, reply))
+				table[i].run(opaque, arguments, reply);
+			return;
+		}
+	qmp_fail(reply, "CommandNotFound", "The command %.64s has not been found", command);
+}
+
+void commands_events(struct commands *c, void (*emit)(void *opaque, const char *name, struct json_object *data),
+		     void *opaque)
+{
+	static const struct {
+		enum locker_event event;
+		const char *name;
+	} names[] = {
+		{ LOCKER_PROGRESS, "RAM_MINGUARANTEE_PROGRESS" },
+		{ LOCKER_REACHED, "RAM_MINGUARANTEE_REACHED" },
+		{ LOCKER_WENT_SHORT, "RAM_MINGUARANTEE_SHORT" },
+	};
+	struct locker_status *s = &c->status;
+	unsigned int events = locker_take_events(c->locker, s);
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+		struct json_object *data;
+
+		if (!(events & names[i].event))
+			continue;
+		data = json_object_new_object();
+		add_size(data, "requested", s->requested);
+		add_size(data, "locked", s->locked);
+		add_size(data, "armed", s->armed);
+		add_size(data, "generation", s->generation);
+		if (names[i].event == LOCKER_WENT_SHORT) {
+			add_string(data, "reason", shortage_name(s->shortage));
+			add_string(data, "desc", s->short_text);
+		}
+		emit(opaque, names[i].name, data);
+	}
+}

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The command table of the control socket, and the events. docs/protocol.md is the reference. */
+#ifndef RAMLOCK_COMMANDS_H
+#define RAMLOCK_COMMANDS_H
+
+#include "locker.h"
+#include "qmp.h"
+
+struct json_object;
+
+struct commands {
+	struct locker *locker;
+	bool symbols; /* this QEMU exports what is needed to find guest RAM */
+	char launch_error[SHORT_TEXT]; /* why the guarantee of the launch was not set; empty: none was refused */
+	struct locker_status status; /* scratch: too large for a thread's stack */
+};
+
+/* For struct qmp_server; @opaque is the struct commands. */
+void commands_run(void *opaque, const char *command, struct json_object *arguments, struct qmp_reply *reply);
+
+/* Calls @emit for every event that is due, with its data, which @emit takes over. */
+void commands_events(struct commands *c, void (*emit)(void *opaque, const char *name, struct json_object *data),
+		     void *opaque);
+
+#endif

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What the operator asked for at launch: the RAMLOCK_* environment. */
+#ifndef RAMLOCK_CONFIG_H
+#define RAMLOCK_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/un.h>
+
+#include "locker.h"
+
+struct guarantee {
+	enum { GUARANTEE_BYTES, GUARANTEE_PERCENT, GUARANTEE_ALL } kind;
+	uint64_t value; /* bytes, or millionths of guest RAM */
+};
+
+struct config {
+	struct guarantee guarantee; /* 0 bytes: none */
+	enum order order;
+	bool prefault;
+	char socket[sizeof(((struct sockaddr_un *)0)->sun_path)]; /* empty: the usual place */
+	uid_t owner; /* may always connect */
+	bool has_allow_uid;
+	uid_t allow_uid; /* may connect too */
+};
+
+/*
+ * Parses SIZE: bytes, a number with K, M, G, T or KiB, MiB, GiB, TiB (binary, as in QEMU), a percentage, or "all".
+ * Returns 0, or -EINVAL with *why saying what is wrong.
+ */
+int guarantee_parse(const char *text, struct guarantee *out, const char **why);
+
+/* @g in bytes, for a VM that has @ram bytes. */
+uint64_t guarantee_resolve(const struct guarantee *g, uint64_t ram);
+
+/*
+ * Reads RAMLOCK_*. A value that cannot be understood is reported with @warn and left out: a VM must not fail to start,
+ * nor lock what nobody asked for, because of a typing error.
+ */
+void config_from_environment(struct config *c, void (*warn)(const char *fmt, ...));
+
+#endif

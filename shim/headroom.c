@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the locked-memory limit, the memory cgroup and the host still allow.
+ *
+ * Going over a memory cgroup's limit is not an error code but a SIGKILL, so what is left is read before memory is
+ * allocated, and what cannot be read counts as not there.
+ */
+#include "headroom.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <linux/capability.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+static const uint64_t MIB = 1 << 20;
+
+static const char *const shortage_names[] = {
+	[SHORTAGE_NONE] = "none",
+	[SHORTAGE_RLIMIT] = "rlimit",
+	[SHORTAGE_CGROUP] = "cgroup",
+	[SHORTAGE_HOST_MEMORY] = "host-memory",
+	[SHORTAGE_MAP_COUNT] = "map-count",
+	[SHORTAGE_NO_RAM] = "no-ram",
+	[SHORTAGE_KERNEL] = "kernel",
+};
+static_assert(sizeof(shortage_names) / sizeof(shortage_names[0]) == SHORTAGE_COUNT, "a name for each shortage");
+
+const char *shortage_name(enum shortage s)
+{
+	return shortage_names[s];
+}
+
+static int open_file(const char *path)
+{
+	return open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+}
+
+/* Reads a whole small file from its start. Returns 0 or -errno. */
+static int read_file(int fd, char *buf, size_t size)
+{
+	size_t got = 0;
+
+	if (fd < 0)
+		return -EBADF;
+	while (got < size - 1) {
+		ssize_t n = pread(fd, buf + got, size - 1 - got, (off_t)got);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (n == 0)
+			break;
+		got += (size_t)n;
+	}
+	buf[got] = '\0';
+	return 0;
+}
+
+/* The number after @key at the start of a line; base 10 or 16. Returns 0 or -ENOENT. */
+static int find_value(const char *text, const char *key, int base, uint64_t *out)
+{
+	size_t len = strlen(key);
+
+	for (const char *line = text; line; line = strchr(line, '\n')) {
+		line += *line == '\n';
+		if (!strncmp(line, key, len)) {
+			*out = strtoull(line + len, NULL, base);
+			return 0;
+		}
+	}
+	return -ENOENT;
+}
+
+static int open_in(const char *dir, const char *name)
+{
+	char path[PATH_MAX + 64];
+
+	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	return open_file(path);
+}
+
+/* Opens the files of one cgroup directory. Returns false when it has no memory controller. */
+static bool open_level(struct cgroup_level *level, const char *dir, bool v1)
+{
+	level->limit = open_in(dir, v1 ? "memory.limit_in_bytes" : "memory.max");
+	if (level->limit < 0)
+		return false;
+	level->usage = open_in(dir, v1 ? "memory.usage_in_bytes" : "memory.current");
+	level->stat = open_in(dir, "memory.stat");
+	level->v1 = v1;
+	return true;
+}
+
+/* Opens the cgroup at @mount + @path and all its ancestors below @mount. */
+static void open_levels(struct headroom *h, const char *mount, char *path, bool v1)
+{
+	for (;;) {
+		char dir[PATH_MAX];
+		char *slash;
+
+		snprintf(dir, sizeof(dir), "%s%s", mount, path);
+		if (h->n_levels == CGROUP_DEPTH_MAX) {
+			h->cgroups_known = false;
+			return;
+		}
+		/* The root has no limit, and in v2 no limit file either. */
+		if (open_level(&h->levels[h->n_levels], dir, v1))
+			h->n_levels++;
+		slash = strrchr(path, '/');
+		if (!slash || path[1] == '\0')
+			return;
+		*(slash == path ? slash + 1 : slash) = '\0';
+	}
+}
+
+/* Whether the comma-separated @list of v1 controllers has "memory". */
+static bool has_memory(const char *list)
+{
+	for (const char *p = list; p; p = strchr(p, ',')) {
+		p += *p == ',';
+		if (!strncmp(p, "memory", 6) && (p[6] == '\0' || p[6] == ','))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * /proc/self/cgroup lists "ID:CONTROLLERS:PATH"; v2 is "0::PATH" (cgroups(7)). The mounts are where every distribution
+ * puts them; where they are not, limits may exist that we cannot see, and cgroups_known says so.
+ */
+static void open_cgroups(struct headroom *h)
+{
+	char text[8192], *line, *next;
+	int fd = open_file("/proc/self/cgroup");
+	int err = read_file(fd, text, sizeof(text));
+	bool found = false;
+
+	if (fd >= 0)
+		close(fd);
+	if (err == -EBADF && !access("/proc/self/status", F_OK)) {
+		h->cgroups_known = true; /* a kernel without cgroups has no limits either */
+		return;
+	}
+	if (err)
+		return;
+	h->cgroups_known = true;
+	for (line = text; line && *line; line = next) {
+		char *controllers, *path;
+
+		next = strchr(line, '\n');
+		if (next)
+			*next++ = '\0';
+		controllers = strchr(line, ':');
+		path = controllers ? strchr(controllers + 1, ':') : NULL;
+		if (!path)
+			continue;
+		*path++ = '\0';
+		controllers++;
+		if (has_memory(controllers)) {
+			found = true;
+			if (access("/sys/fs/cgroup/memory", X_OK))
+				h->cgroups_known = false;
+			open_levels(h, "/sys/fs/cgroup/memory", path, true);
+		} else if (!*controllers && !found) {
+			open_levels(h, access("/sys/fs/cgroup/cgroup.controllers", F_OK) ? "/sys/fs/cgroup/unified"
+											  : "/sys/fs/cgroup",
+				    path, false);
+		}
+	}
+}
+
+void headroom_init(struct headroom *h)
+{
+	memset(h, 0, sizeof(*h));
+	h->meminfo = open_file("/proc/meminfo");
+	h->status = open_file("/proc/self/status");
+	open_cgroups(h);
+}
+
+void headroom_deinit(struct headroom *h)
+{
+	close(h->meminfo);
+	close(h->status);
+	for (unsigned int i = 0; i < h->n_levels; i++) {
+		close(h->levels[i].limit);
+		close(h->levels[i].usage);
+		close(h->levels[i].stat);
+	}
+	h->n_levels = 0;
+}
+
+int64_t headroom_vm_locked(const struct headroom *h)
+{
+	char text[4096];
+	uint64_t kib;
+	int err = read_file(h->status, text, sizeof(text));
+
+	if (!err)
+		err = find_value(text, "VmLck:", 10, &kib);
+	return err ? err : (int64_t)(kib * 1024);
+}
+
+uint64_t headroom_memlock_limit(const struct headroom *h)
+{
+	char text[4096];
+	uint64_t caps;
+	struct rlimit limit;
+
+	if (!read_file(h->status, text, sizeof(text)) && !find_value(text, "CapEff:", 16, &caps) &&
+	    (caps & (1ULL << CAP_IPC_LOCK)))
+		return UINT64_MAX;
+	if (getrlimit(RLIMIT_MEMLOCK, &limit))
+		return 0;
+	return limit.rlim_cur == RLIM_INFINITY ? UINT64_MAX : limit.rlim_cur;
+}
+
+/* A cgroup's number; "max" is UINT64_MAX. Returns 0 or -errno. */
+static int read_number(int fd, uint64_t *out)
+{
+	char text[64];
+	int err = read_file(fd, text, sizeof(text));
+
+	if (err)
+		return err;
+	*out = strncmp(text, "max", 3) ? strtoull(text, NULL, 10) : UINT64_MAX;
+	return 0;
+}
+
+static uint64_t stat_value(const char *stat, bool v1, const char *key)
+{
+	char name[64];
+	uint64_t value;
+
+	/* v1's plain counters leave out the children. */
+	snprintf(name, sizeof(name), "%s%s ", v1 ? "total_" : "", key);
+	return find_value(stat, name, 10, &value) ? 0 : value;
+}
+
+/*
+ * What one cgroup leaves: its limit less its usage, plus the page cache that the kernel gives up easily, plus half of
+ * the anonymous memory that could go to swap.
+ */
+static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free)
+{
+	char stat[16384];
+	uint64_t limit, usage, left, anon;
+
+	if (read_number(level->limit, &limit) || read_number(level->usage, &usage))
+		return 0;
+	if (limit >= (uint64_t)INT64_MAX / 2) /* v1 says "none" with a number close to 2^63 */
+		return UINT64_MAX;
+	left = limit > usage ? limit - usage : 0;
+	if (read_file(level->stat, stat, sizeof(stat)))
+		return left;
+	left += stat_value(stat, level->v1, "inactive_file");
+	anon = stat_value(stat, level->v1, "inactive_anon") + stat_value(stat, level->v1, "active_anon");
+	left += (anon < swap_free ? anon : swap_free) / 2;
+	return left < limit ? left : limit;
+}
+
+uint64_t headroom_memory(const struct headroom *h, enum shortage *why)
+{
+	char text[8192];
+	uint64_t available, total, reserve, left, swap_free = 0;
+
+	*why = SHORTAGE_HOST_MEMORY;
+	if (read_file(h->meminfo, text, sizeof(text)) || find_value(text, "MemAvailable:", 10, &available) ||
+	    find_value(text, "MemTotal:", 10, &total))
+		return 0;
+	if (!find_value(text, "SwapFree:", 10, &swap_free))
+		swap_free *= 1024;
+	available *= 1024;
+	reserve = total * 1024 / 50;
+	if (reserve < 512 * MIB)
+		reserve = 512 * MIB;
+	left = available > reserve ? available - reserve : 0;
+	if (!h->cgroups_known) {
+		*why = SHORTAGE_CGROUP;
+		return 0;
+	}
+	for (unsigned int i = 0; i < h->n_levels; i++) {
+		uint64_t here = level_left(&h->levels[i], swap_free);
+
+		if (here < left) {
+			*why = SHORTAGE_CGROUP;
+			left = here;
+		}
+	}
+	return left;
+}

@@ -1,0 +1,882 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The mlock thread.
+ *
+ * Theory of operation: there is one wish (how much to hold locked) and one thread that works towards it. Each turn of
+ * its loop decides one step under the mutex (choose), carries it out without the mutex, because it is a system call
+ * that takes the process's mmap_lock, and accounts for it under the mutex again. So a new wish takes effect at the next
+ * step, whatever the direction, and nobody ever waits for more than one step.
+ *
+ * A step locks with mlock2(MLOCK_ONFAULT), which only marks the mapping and walks the pages that are there, and then
+ * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
+ * same with worse holds. Bytes count as locked when both have returned 0: the pages were seen resident under a lock.
+ *
+ * The thread sleeps on a condition variable and makes no wakeup while there is nothing to do. Only while the guarantee
+ * is short does it look again by itself, on a slow timer.
+ *
+ * Lock order: `mutex` is the only lock. QEMU's main thread takes it in bottom halves and RAM block notifiers, so it
+ * is never held over a system call on guest RAM, nor over file reading.
+ */
+#include "locker.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
+
+enum {
+	NS_PER_US = 1000,
+	NS_PER_MS = 1000 * 1000,
+	NS_PER_S = 1000 * 1000 * 1000,
+};
+
+static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
+static const uint64_t CREDIT_NS = 50 * NS_PER_MS;
+static const uint64_t RETRY_MIN_NS = 1ULL * NS_PER_S;
+static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
+static const uint64_t REMOVE_WAIT_NS = 100 * NS_PER_MS;
+static const uint64_t MIB = 1 << 20;
+
+static const char *const state_names[] = {
+	[LOCKER_WAITING] = "waiting",	  [LOCKER_IDLE] = "idle",   [LOCKER_LOCKING] = "locking",
+	[LOCKER_UNLOCKING] = "unlocking", [LOCKER_SHORT] = "short",
+};
+static_assert(sizeof(state_names) / sizeof(state_names[0]) == LOCKER_STATES, "a name for each state");
+
+const char *locker_state_name(enum locker_state s)
+{
+	return state_names[s];
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * NS_PER_S + (uint64_t)t.tv_nsec;
+}
+
+static struct timespec timespec_of(uint64_t ns)
+{
+	return (struct timespec){ .tv_sec = (time_t)(ns / NS_PER_S), .tv_nsec = (long)(ns % NS_PER_S) };
+}
+
+static void *address(struct range r)
+{
+	return (void *)(uintptr_t)r.start;
+}
+
+/* Waits on @cond until @deadline_ns of CLOCK_MONOTONIC. Returns ETIMEDOUT or 0. */
+static int wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline_ns)
+{
+	struct timespec t = timespec_of(deadline_ns);
+
+	return pthread_cond_timedwait(cond, mutex, &t);
+}
+
+void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
+{
+	pthread_condattr_t attr;
+
+	memset(l, 0, sizeof(*l));
+	l->notify = notify;
+	l->opaque = opaque;
+	l->wish.prefault = true;
+	pthread_mutex_init(&l->mutex, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&l->wake, &attr);
+	pthread_cond_init(&l->step_done, &attr);
+	pthread_condattr_destroy(&attr);
+}
+
+static void raise_event(struct locker *l, enum locker_event event)
+{
+	l->events |= event;
+	l->notify(l->opaque);
+}
+
+/* The bytes that should be held now. */
+static uint64_t target(const struct locker *l)
+{
+	if (l->wish.all || l->wish.lock_ram_size > l->layout.total)
+		return l->layout.total;
+	return l->wish.lock_ram_size;
+}
+
+/* Locked by us, and counted by the kernel in VmLck, which leaves out hugetlb. */
+static uint64_t counted_in_vm_locked(const struct locker *l)
+{
+	uint64_t sum = 0;
+
+	for (size_t i = 0; i < l->layout.n; i++)
+		if (l->layout.v[i].backing != BACKING_HUGETLB)
+			sum += extents_overlap(&l->held, l->layout.v[i].host) -
+			       extents_overlap(&l->foreign, l->layout.v[i].host);
+	return sum;
+}
+
+/* ---- The order of locking, for releasing the newest first ---- */
+
+static void history_rebuild(struct locker *l)
+{
+	l->n_history = l->held.n;
+	memcpy(l->history, l->held.v, l->held.n * sizeof(l->held.v[0]));
+}
+
+static void history_push(struct locker *l, struct range r)
+{
+	if (l->n_history && l->history[l->n_history - 1].end == r.start) {
+		l->history[l->n_history - 1].end = r.end;
+	} else if (l->n_history == sizeof(l->history) / sizeof(l->history[0])) {
+		history_rebuild(l); /* @r is in `held` already */
+	} else {
+		l->history[l->n_history++] = r;
+	}
+}
+
+/* @r has left `held`; it was the newest unless an unplug changed the history meanwhile. */
+static void history_pop(struct locker *l, struct range r)
+{
+	struct range *newest = l->n_history ? &l->history[l->n_history - 1] : NULL;
+
+	if (!newest || newest->end != r.end || newest->start > r.start) {
+		history_rebuild(l);
+		return;
+	}
+	newest->end = r.start;
+	if (newest->start == newest->end)
+		l->n_history--;
+}
+
+/* ---- Deciding ---- */
+
+enum step_kind {
+	STEP_NONE,
+	STEP_PLAN, /* decide which bytes come next */
+	STEP_LOCK,
+	STEP_POPULATE, /* an on-fault lock that should be populated now */
+	STEP_UNLOCK,
+	STEP_FORGET, /* release what was never ours */
+	STEP_STUCK, /* too many extents */
+};
+
+struct step {
+	enum step_kind kind;
+	struct range r;
+	bool hugetlb;
+	bool resident; /* allocates nothing */
+	bool prefault;
+};
+
+/* The newest bytes to release, at most @excess and one chunk, either all ours or all foreign. */
+static bool choose_release(const struct locker *l, uint64_t excess, struct step *s)
+{
+	const struct ram_block *b;
+	struct range r, part, rest;
+	uint64_t size, chunk = PACER_CHUNK;
+
+	if (!l->n_history)
+		return false;
+	r = l->history[l->n_history - 1];
+	b = layout_find(&l->layout, (struct range){ r.end - 1, r.end });
+	if (!b)
+		return false;
+	if (r.start < b->host.start) /* two blocks side by side */
+		r.start = b->host.start;
+	if (b->page_size > chunk)
+		chunk = b->page_size;
+	size = excess / b->page_size * b->page_size;
+	if (!size)
+		return false;
+	if (range_size(r) > size)
+		r.start = r.end - size;
+	if (range_size(r) > chunk)
+		r.start = (r.end - 1) / chunk * chunk;
+
+	s->kind = STEP_UNLOCK;
+	for (rest = r; extents_part(&l->foreign, rest, &part); rest.start = part.end) {
+		if (part.end == r.end)
+			s->kind = STEP_FORGET;
+		r.start = part.end == r.end ? part.start : part.end;
+	}
+	s->r = r;
+	return true;
+}
+
+/* Whether one more step could find no room in the books. Plans keep far below that. */
+static bool books_full(const struct locker *l)
+{
+	const size_t most = EXTENTS_MAX - 2;
+
+	return l->held.n >= most || l->foreign.n >= most || l->on_fault.n >= most;
+}
+
+static bool plan_is_current(const struct locker *l)
+{
+	return l->plan_valid && l->plan_generation == l->generation && l->plan_layout == l->layout_generation;
+}
+
+static void choose(struct locker *l, struct step *s)
+{
+	uint64_t want, need;
+
+	*s = (struct step){ .kind = STEP_NONE, .prefault = l->wish.prefault };
+	if (!l->known)
+		return;
+	want = target(l);
+	if (l->held.total < want) {
+		const struct ram_block *b;
+		uint64_t chunk = l->wish.prefault ? PACER_CHUNK : PACER_CHUNK_ON_FAULT;
+
+		if (!plan_is_current(l) || !plan_take(&l->plan, &l->layout, chunk, &s->r)) {
+			s->kind = STEP_PLAN;
+			return;
+		}
+		if (books_full(l)) {
+			s->kind = STEP_STUCK;
+			return;
+		}
+		s->kind = STEP_LOCK;
+		s->resident = l->plan.resident;
+		b = layout_find(&l->layout, s->r);
+		s->hugetlb = b->backing == BACKING_HUGETLB;
+		need = (want - l->held.total + b->page_size - 1) / b->page_size * b->page_size;
+		if (range_size(s->r) > need)
+			s->r.end = s->r.start + need;
+		return;
+	}
+	if (l->held.total > want && choose_release(l, l->held.total - want, s))
+		return;
+	if (l->wish.prefault && l->on_fault.total) {
+		const struct ram_block *b;
+		uint64_t chunk = PACER_CHUNK;
+
+		s->kind = STEP_POPULATE;
+		extents_part(&l->on_fault, (struct range){ 0, UINT64_MAX }, &s->r);
+		b = layout_find(&l->layout, (struct range){ s->r.start, s->r.start + 1 });
+		if (b && b->page_size > chunk)
+			chunk = b->page_size;
+		if (range_size(s->r) > chunk)
+			s->r.end = s->r.start / chunk * chunk + chunk;
+		if (b && s->r.end > b->host.end) /* two blocks side by side */
+			s->r.end = b->host.end;
+	}
+}
+
+/* ---- Planning ---- */
+
+struct residency {
+	struct locker *locker;
+	uint64_t generation, layout_generation;
+};
+
+static bool is_stale(struct residency *r)
+{
+	bool stale;
+
+	pthread_mutex_lock(&r->locker->mutex);
+	stale = r->generation != r->locker->generation || r->layout_generation != r->locker->layout_generation;
+	pthread_mutex_unlock(&r->locker->mutex);
+	return stale;
+}
+
+/* mincore(2) says for file mappings that we may not write that all is resident; that costs order, not truth. */
+static int find_residency(void *opaque, uint64_t start, uint64_t len, unsigned char *vec)
+{
+	if (is_stale(opaque))
+		return -ECANCELED;
+	if (mincore((void *)(uintptr_t)start, len, vec))
+		memset(vec, 0, len / 4096); /* unmapped meanwhile: nothing to prefer here */
+	return 0;
+}
+
+/* Called with the mutex held, which it gives up while it looks. Returns false when there is nothing left to plan. */
+static bool make_plan(struct locker *l)
+{
+	static struct ram_layout layout; /* the thread's own copies */
+	static struct extents held;
+	struct residency r = { l, l->generation, l->layout_generation };
+	bool stale = !plan_is_current(l);
+	uint64_t need = target(l) - l->held.total;
+	enum order order = l->wish.order;
+
+	uint64_t counted = counted_in_vm_locked(l);
+	int64_t vm_locked;
+
+	layout = l->layout;
+	held = l->held;
+	if (stale)
+		l->plan_resident_done = false;
+	pthread_mutex_unlock(&l->mutex);
+
+	vm_locked = headroom_vm_locked(&l->headroom);
+	l->others_lock = vm_locked < 0 || (uint64_t)vm_locked > counted;
+
+	plan_clear(&l->plan);
+	if (order == ORDER_RESIDENT && !l->plan_resident_done) {
+		int err = plan_resident(&l->plan, &layout, &held, need, find_residency, &r);
+
+		if (err)
+			plan_clear(&l->plan);
+		l->plan_resident_done = !err;
+	}
+	if (!l->plan.n && !is_stale(&r))
+		plan_address(&l->plan, &layout, &held, need);
+
+	pthread_mutex_lock(&l->mutex);
+	if (r.generation != l->generation || r.layout_generation != l->layout_generation)
+		return true; /* look again */
+	l->plan_valid = true;
+	l->plan_generation = r.generation;
+	l->plan_layout = r.layout_generation;
+	return l->plan.n > 0;
+}
+
+/* ---- Doing; without the mutex ---- */
+
+/* What a step came to. */
+struct outcome {
+	enum shortage shortage; /* SHORTAGE_NONE: done */
+	bool foreign; /* the range was locked already, by somebody else */
+	char text[SHORT_TEXT];
+};
+
+static void explain_rlimit(struct outcome *o, uint64_t limit)
+{
+	o->shortage = SHORTAGE_RLIMIT;
+	snprintf(o->text, sizeof(o->text), "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64 " KiB",
+		 limit / 1024);
+}
+
+/* Whether @cost bytes may be allocated. */
+static bool admit(struct locker *l, uint64_t cost, struct outcome *o)
+{
+	uint64_t now = now_ns(), left;
+	enum shortage why;
+
+	if (cost <= l->credit && now < l->credit_until_ns) {
+		l->credit -= cost;
+		return true;
+	}
+	left = headroom_memory(&l->headroom, &why);
+	l->credit = left / 8;
+	l->credit_until_ns = now + CREDIT_NS;
+	if (l->credit < cost)
+		l->credit = left / 2 >= cost ? cost : 0;
+	if (cost <= l->credit) {
+		l->credit -= cost;
+		return true;
+	}
+	o->shortage = why;
+	snprintf(o->text, sizeof(o->text),
+		 why == SHORTAGE_CGROUP ? "QEMU's memory cgroup leaves %" PRIu64 " MiB" :
+					  "the host has %" PRIu64 " MiB available beyond its reserve",
+		 left / MIB);
+	return false;
+}
+
+/* Makes the pages of @r resident and writable. Returns 0 or -errno. */
+static int populate(struct locker *l, struct range r)
+{
+	int advice = MADV_POPULATE_WRITE;
+
+	while (!l->no_populate) {
+		if (!madvise(address(r), range_size(r), advice))
+			return 0;
+		if (errno == EFAULT && advice == MADV_POPULATE_WRITE)
+			advice = MADV_POPULATE_READ; /* a backing that may not be written */
+		else if (errno == EINVAL && advice == MADV_POPULATE_WRITE)
+			l->no_populate = true;
+		else if (errno != EINTR && errno != EAGAIN)
+			return -errno;
+	}
+	return mlock(address(r), range_size(r)) ? -errno : 0;
+}
+
+static void explain_errno(struct locker *l, int err, const struct step *s, const char *doing, struct outcome *o)
+{
+	uint64_t limit = headroom_memlock_limit(&l->headroom);
+	int64_t locked = headroom_vm_locked(&l->headroom);
+
+	if (limit != UINT64_MAX && (err == EPERM || (err == ENOMEM && (uint64_t)locked + range_size(s->r) > limit))) {
+		explain_rlimit(o, limit);
+		return;
+	}
+	o->shortage = err == ENOMEM ? SHORTAGE_MAP_COUNT : SHORTAGE_KERNEL;
+	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
+}
+
+static void do_lock(struct locker *l, const struct step *s, struct outcome *o)
+{
+	uint64_t size = range_size(s->r);
+	/* Where something holds locks besides us, VmLck tells whether it holds this range. */
+	bool others = l->others_lock && !s->hugetlb;
+	int64_t before, after;
+	bool ours;
+	int err;
+
+	if (!s->hugetlb && !s->resident && !admit(l, size, o))
+		return;
+	before = others ? headroom_vm_locked(&l->headroom) : 0;
+	if (mlock2(address(s->r), size, MLOCK_ONFAULT)) {
+		err = errno;
+		/* A failure can come after a part was locked: take that back, unless it may be another's. */
+		if (!others)
+			munlock(address(s->r), size);
+		explain_errno(l, err, s, "locking guest RAM", o);
+		return;
+	}
+	after = others ? headroom_vm_locked(&l->headroom) : 0;
+	ours = !others || after - before == (int64_t)size;
+	err = s->prefault ? -populate(l, s->r) : 0;
+	if (err) {
+		if (ours)
+			munlock(address(s->r), size);
+		explain_errno(l, err, s, s->hugetlb ? "allocating huge pages" : "populating guest RAM", o);
+		return;
+	}
+	o->foreign = !ours;
+}
+
+static void do_populate(struct locker *l, const struct step *s, struct outcome *o)
+{
+	int err;
+
+	if (!admit(l, range_size(s->r), o))
+		return;
+	err = -populate(l, s->r);
+	if (err)
+		explain_errno(l, err, s, "populating guest RAM", o);
+}
+
+static void do_unlock(struct locker *l, const struct step *s, struct outcome *o)
+{
+	if (munlock(address(s->r), range_size(s->r)))
+		explain_errno(l, errno, s, "unlocking guest RAM", o);
+}
+
+/* ---- Accounting; with the mutex ---- */
+
+static void account(struct locker *l, const struct step *s, const struct outcome *o)
+{
+	if (!layout_find(&l->layout, s->r))
+		return; /* unplugged while the step ran: the lock goes with the mapping */
+	switch (s->kind) {
+	case STEP_LOCK:
+		extents_add(&l->held, s->r); /* there is room: books_full() was asked */
+		if (o->foreign)
+			extents_add(&l->foreign, s->r);
+		if (!s->prefault)
+			extents_add(&l->on_fault, s->r);
+		history_push(l, s->r);
+		break;
+	case STEP_POPULATE:
+		extents_remove(&l->on_fault, s->r);
+		break;
+	case STEP_UNLOCK:
+	case STEP_FORGET:
+		extents_remove(&l->held, s->r);
+		extents_remove(&l->foreign, s->r);
+		extents_remove(&l->on_fault, s->r);
+		history_pop(l, s->r);
+		break;
+	case STEP_NONE:
+	case STEP_PLAN:
+	case STEP_STUCK:
+		break;
+	}
+	l->done_bytes += range_size(s->r);
+}
+
+static void go_short(struct locker *l, enum shortage why, const char *text)
+{
+	bool news = l->state != LOCKER_SHORT || l->shortage != why || l->announced != l->generation;
+
+	l->state = LOCKER_SHORT;
+	l->shortage = why;
+	snprintf(l->short_text, sizeof(l->short_text), "%s", text);
+	l->announced = l->generation;
+	l->ended_ns = now_ns();
+	if (news)
+		raise_event(l, LOCKER_WENT_SHORT);
+}
+
+/* There is nothing to do: says what that means. */
+static void settle(struct locker *l)
+{
+	bool news = l->announced != l->generation || l->announced_layout != l->layout_generation ||
+		    l->state != LOCKER_IDLE;
+
+	if (!l->known) {
+		l->state = LOCKER_WAITING;
+		return;
+	}
+	if (!l->wish.all && l->wish.lock_ram_size > l->layout.total) {
+		go_short(l, SHORTAGE_NO_RAM, "the VM has less RAM than that");
+		return;
+	}
+	l->state = LOCKER_IDLE;
+	l->shortage = SHORTAGE_NONE;
+	l->announced = l->generation;
+	l->announced_layout = l->layout_generation;
+	if (!news)
+		return;
+	l->ended_ns = now_ns();
+	raise_event(l, LOCKER_REACHED);
+}
+
+/* Carries out one step with the mutex given up meanwhile. */
+static void carry_out(struct locker *l, const struct step *s)
+{
+	struct outcome o = { .shortage = SHORTAGE_NONE };
+	uint64_t began, took, generation = l->generation;
+	enum locker_state working =
+		s->kind == STEP_LOCK || s->kind == STEP_POPULATE ? LOCKER_LOCKING : LOCKER_UNLOCKING;
+	struct timespec gap;
+
+	if (l->state != LOCKER_SHORT) /* it is, until a step has worked */
+		l->state = working;
+	l->in_flight = s->r;
+	pthread_mutex_unlock(&l->mutex);
+
+	began = now_ns();
+	if (s->kind == STEP_LOCK)
+		do_lock(l, s, &o);
+	else if (s->kind == STEP_POPULATE)
+		do_populate(l, s, &o);
+	else if (s->kind == STEP_UNLOCK)
+		do_unlock(l, s, &o);
+	took = now_ns() - began;
+
+	pthread_mutex_lock(&l->mutex);
+	l->in_flight = (struct range){ 0, 0 };
+	pthread_cond_broadcast(&l->step_done);
+	if (o.shortage) {
+		l->plan_valid = false;
+		if (generation == l->generation)
+			go_short(l, o.shortage, o.text);
+		else
+			l->state = working; /* a new wish deserves a try of its own */
+		return;
+	}
+	account(l, s, &o);
+	l->state = working;
+	l->shortage = SHORTAGE_NONE;
+	l->retry_ns = RETRY_MIN_NS;
+	pacer_record(&l->pacer, took);
+	if (began + took - l->progress_ns >= PROGRESS_NS) {
+		l->progress_ns = began + took;
+		raise_event(l, LOCKER_PROGRESS);
+	}
+	pthread_mutex_unlock(&l->mutex);
+	gap = timespec_of(pacer_gap(took));
+	nanosleep(&gap, NULL); /* lets a waiting writer of mmap_lock in */
+	pthread_mutex_lock(&l->mutex);
+}
+
+/* A short guarantee is tried again when the wish or the layout changes, or after a while. */
+static void wait_short(struct locker *l)
+{
+	uint64_t generation = l->generation, layout_generation = l->layout_generation;
+	uint64_t deadline = now_ns() + l->retry_ns;
+
+	while (generation == l->generation && layout_generation == l->layout_generation)
+		if (wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
+			break;
+	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
+	l->credit = 0;
+}
+
+void *locker_run(void *arg)
+{
+	struct locker *l = arg;
+
+	prctl(PR_SET_NAME, "ramlock-lock");
+	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every gap */
+	pthread_mutex_lock(&l->mutex);
+	l->retry_ns = RETRY_MIN_NS;
+	for (;;) {
+		struct step s;
+
+		choose(l, &s);
+		switch (s.kind) {
+		case STEP_NONE:
+			settle(l);
+			break;
+		case STEP_PLAN:
+			if (l->state != LOCKER_SHORT)
+				l->state = LOCKER_LOCKING;
+			if (!make_plan(l))
+				go_short(l, SHORTAGE_KERNEL, "no part of guest RAM is left to lock");
+			else
+				continue;
+			break;
+		case STEP_STUCK:
+			go_short(l, SHORTAGE_MAP_COUNT, "guest RAM is locked in too many pieces");
+			break;
+		default:
+			carry_out(l, &s);
+			if (l->state != LOCKER_SHORT)
+				continue;
+		}
+		/*
+		 * A guarantee above guest RAM waits for a layout change, which wakes; all other shortages can end
+		 * without anybody telling us.
+		 */
+		if (l->state == LOCKER_SHORT && l->shortage != SHORTAGE_NO_RAM)
+			wait_short(l);
+		else
+			pthread_cond_wait(&l->wake, &l->mutex);
+	}
+	return NULL;
+}
+
+/* ---- What others ask; any thread but the locker's ---- */
+
+/* Bytes of hugetlb blocks that are not held: locking them takes nothing from RLIMIT_MEMLOCK. */
+static uint64_t free_hugetlb(const struct locker *l)
+{
+	uint64_t sum = 0;
+
+	for (size_t i = 0; i < l->layout.n; i++)
+		if (l->layout.v[i].backing == BACKING_HUGETLB)
+			sum += range_size(l->layout.v[i].host) - extents_overlap(&l->held, l->layout.v[i].host);
+	return sum;
+}
+
+static int check_wish(const struct locker *l, const struct wish *w, uint64_t limit, int64_t vm_locked,
+		      char text[SHORT_TEXT])
+{
+	uint64_t want = w->all ? l->layout.total : w->lock_ram_size;
+	uint64_t counted, others, need;
+
+	if (!want)
+		return 0;
+	if (!l->known) {
+		snprintf(text, SHORT_TEXT, "guest RAM is not known yet");
+		return -EAGAIN;
+	}
+	if (!l->layout.total) {
+		snprintf(text, SHORT_TEXT, "this VM has no guest RAM");
+		return -ENODEV;
+	}
+	if (want > l->layout.total) {
+		snprintf(text, SHORT_TEXT, "size is above guest RAM, which is %" PRIu64 " bytes", l->layout.total);
+		return -ERANGE;
+	}
+	if (limit == UINT64_MAX || want <= l->held.total)
+		return 0;
+	counted = counted_in_vm_locked(l);
+	others = vm_locked > (int64_t)counted ? (uint64_t)vm_locked - counted : 0;
+	need = want - l->held.total;
+	/* What others have locked may be the very bytes that are needed: the thread will see. */
+	if (need > free_hugetlb(l) + others && counted + others + (need - free_hugetlb(l)) > limit) {
+		snprintf(text, SHORT_TEXT, "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64
+			 " bytes, and %" PRIu64 " are locked already", limit, counted + others);
+		return -EPERM;
+	}
+	return 0;
+}
+
+static void accept_wish(struct locker *l, const struct wish *w)
+{
+	l->wish = *w;
+	l->generation++;
+	pacer_reset(&l->pacer);
+	l->began_ns = l->progress_ns = now_ns();
+	l->ended_ns = 0;
+	l->done_bytes = 0;
+	l->retry_ns = RETRY_MIN_NS;
+	pthread_cond_signal(&l->wake);
+}
+
+int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
+{
+	uint64_t limit = headroom_memlock_limit(&l->headroom);
+	int64_t vm_locked = headroom_vm_locked(&l->headroom);
+	int err;
+
+	pthread_mutex_lock(&l->mutex);
+	err = check_wish(l, wish, limit, vm_locked, text);
+	if (!err)
+		accept_wish(l, wish);
+	pthread_mutex_unlock(&l->mutex);
+	return err;
+}
+
+void locker_set_launch(struct locker *l, const struct wish *wish)
+{
+	pthread_mutex_lock(&l->mutex);
+	accept_wish(l, wish);
+	pthread_mutex_unlock(&l->mutex);
+}
+
+/* Drops from @e what is in no block of @layout. */
+static void keep_layout(struct extents *e, const struct ram_layout *layout)
+{
+	uint64_t at = 0;
+
+	for (size_t i = 0; i < layout->n; i++) {
+		extents_remove(e, (struct range){ at, layout->v[i].host.start });
+		at = layout->v[i].host.end;
+	}
+	extents_remove(e, (struct range){ at, UINT64_MAX });
+}
+
+void locker_set_layout(struct locker *l, const struct ram_layout *layout)
+{
+	pthread_mutex_lock(&l->mutex);
+	if (!l->known || !layout_equal(&l->layout, layout)) {
+		uint64_t held = l->held.total;
+
+		l->layout = *layout;
+		l->known = true;
+		l->layout_generation++;
+		keep_layout(&l->held, layout);
+		keep_layout(&l->foreign, layout);
+		keep_layout(&l->on_fault, layout);
+		if (l->held.total != held)
+			history_rebuild(l);
+		pthread_cond_signal(&l->wake);
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+static bool overlap(struct range a, struct range b)
+{
+	return a.start < b.end && b.start < a.end;
+}
+
+void locker_remove(struct locker *l, struct range gone)
+{
+	uint64_t deadline = now_ns() + REMOVE_WAIT_NS;
+	bool known = false;
+
+	pthread_mutex_lock(&l->mutex);
+	for (size_t i = 0; i < l->layout.n; i++) {
+		struct ram_block *b = &l->layout.v[i];
+
+		if (!overlap(b->host, gone))
+			continue;
+		known = true;
+		if (b->host.start < gone.start)
+			b->host.end = gone.start; /* the block shrinks */
+		else
+			memmove(b, b + 1, (--l->layout.n - i--) * sizeof(*b));
+	}
+	if (known) {
+		layout_finish(&l->layout);
+		l->layout_generation++;
+		extents_remove(&l->held, gone);
+		extents_remove(&l->foreign, gone);
+		extents_remove(&l->on_fault, gone);
+		history_rebuild(l);
+		pthread_cond_signal(&l->wake);
+		while (overlap(l->in_flight, gone))
+			if (wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
+				break;
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+/* Bytes of @r that are on-fault locked and not resident. */
+static uint64_t count_absent(const struct extents *on_fault, struct range r)
+{
+	unsigned char vec[4096];
+	uint64_t absent = 0;
+	struct range part;
+
+	for (; extents_part(on_fault, r, &part); r.start = part.end) {
+		for (uint64_t at = part.start; at < part.end; at += sizeof(vec) * 4096) {
+			uint64_t rest = part.end - at;
+			uint64_t pages = rest / 4096 < sizeof(vec) ? rest / 4096 : sizeof(vec);
+
+			if (mincore((void *)(uintptr_t)at, pages * 4096, vec))
+				memset(vec, 0, sizeof(vec));
+			for (uint64_t i = 0; i < pages; i++)
+				absent += (vec[i] & 1) ? 0 : 4096;
+		}
+	}
+	return absent;
+}
+
+/* The part of a status that the mutex guards. */
+static void copy_status(const struct locker *l, struct locker_status *s, struct extents *on_fault)
+{
+	uint64_t end = l->ended_ns ? l->ended_ns : now_ns();
+	uint64_t want = target(l);
+	uint64_t left = want > l->held.total ? want - l->held.total : l->held.total - want;
+
+	s->wish = l->wish;
+	s->generation = l->generation;
+	s->state = l->state;
+	s->shortage = l->shortage;
+	memcpy(s->short_text, l->short_text, sizeof(s->short_text));
+	s->requested = l->wish.all ? l->layout.total : l->wish.lock_ram_size;
+	s->ram = l->layout.total;
+	s->armed = l->held.total;
+	s->extents = l->held.n;
+	s->n_blocks = l->layout.n;
+	for (size_t i = 0; i < l->layout.n; i++)
+		s->blocks[i] = (struct locker_block){
+			.block = l->layout.v[i],
+			.locked = extents_overlap(&l->held, l->layout.v[i].host),
+		};
+	s->step_max_us = l->pacer.max_us;
+	s->step_p99_us = pacer_p99_us(&l->pacer);
+	s->rate = end > l->began_ns ? (uint64_t)((double)l->done_bytes * NS_PER_S / (double)(end - l->began_ns)) : 0;
+	s->eta_s = s->rate ? (left + s->rate - 1) / s->rate : 0;
+	/* A step in flight may have been counted by the kernel already. */
+	s->foreign = counted_in_vm_locked(l) + range_size(l->in_flight);
+	*on_fault = l->on_fault;
+}
+
+/* Completes @s with what is asked of the kernel, without the mutex. */
+static void ask_kernel(const struct locker *l, struct locker_status *s, const struct extents *on_fault)
+{
+	int64_t vm_locked = headroom_vm_locked(&l->headroom);
+
+	s->foreign = vm_locked > (int64_t)s->foreign ? (uint64_t)vm_locked - s->foreign : 0;
+	s->memlock_limit = headroom_memlock_limit(&l->headroom);
+	s->locked = 0;
+	for (size_t i = 0; i < s->n_blocks; i++) {
+		s->blocks[i].locked -= count_absent(on_fault, s->blocks[i].block.host);
+		s->locked += s->blocks[i].locked;
+	}
+}
+
+void locker_query(struct locker *l, struct locker_status *s)
+{
+	struct extents on_fault;
+
+	pthread_mutex_lock(&l->mutex);
+	copy_status(l, s, &on_fault);
+	pthread_mutex_unlock(&l->mutex);
+	ask_kernel(l, s, &on_fault);
+}
+
+unsigned int locker_take_events(struct locker *l, struct locker_status *s)
+{
+	struct extents on_fault;
+	unsigned int events;
+
+	pthread_mutex_lock(&l->mutex);
+	events = l->events;
+	l->events = 0;
+	if (events)
+		copy_status(l, s, &on_fault);
+	pthread_mutex_unlock(&l->mutex);
+	if (events)
+		ask_kernel(l, s, &on_fault);
+	return events;
+}

@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The mlock thread: works in small steps towards the guarantee that was set last. */
+#ifndef RAMLOCK_LOCKER_H
+#define RAMLOCK_LOCKER_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "extents.h"
+#include "headroom.h"
+#include "layout.h"
+#include "pacer.h"
+#include "plan.h"
+
+enum order { ORDER_RESIDENT, ORDER_ADDRESS };
+
+enum locker_state {
+	LOCKER_WAITING, /* guest RAM is not known */
+	LOCKER_IDLE, /* the guarantee is held */
+	LOCKER_LOCKING,
+	LOCKER_UNLOCKING,
+	LOCKER_SHORT, /* not all of the guarantee can be locked now */
+	LOCKER_STATES,
+};
+
+const char *locker_state_name(enum locker_state s);
+
+/* What is asked for. The protocol's set_ram_minguarantee, and the launch environment. */
+struct wish {
+	uint64_t lock_ram_size; /* bytes */
+	bool all; /* lock_ram_size follows the size of guest RAM */
+	enum order order;
+	bool prefault; /* false: lock pages only when the guest touches them */
+};
+
+enum { SHORT_TEXT = 256 };
+
+/* Something happened that clients want to hear of. */
+enum locker_event {
+	LOCKER_PROGRESS = 1 << 0,
+	LOCKER_REACHED = 1 << 1,
+	LOCKER_WENT_SHORT = 1 << 2,
+};
+
+struct locker {
+	pthread_mutex_t mutex; /* guards all below; never held over a system call on guest RAM */
+	pthread_cond_t wake; /* the thread waits here for work */
+	pthread_cond_t step_done; /* a removal waits here for the step in flight */
+	void (*notify)(void *opaque); /* tells that `events` has news; called with the mutex held */
+	void *opaque;
+
+	struct wish wish;
+	uint64_t generation; /* counts wishes */
+	bool known; /* layout is valid */
+	struct ram_layout layout;
+	uint64_t layout_generation;
+
+	struct extents held; /* what counts for the guarantee: locked by us, or found locked */
+	struct extents foreign; /* the part of `held` that was locked already: never unlocked */
+	struct extents on_fault; /* the part of `held` that was not populated */
+	struct range history[EXTENTS_MAX]; /* `held` in the order of locking, the newest last */
+	size_t n_history;
+	struct range in_flight; /* the range that a step works on now; empty when none */
+
+	enum locker_state state;
+	enum shortage shortage;
+	char short_text[SHORT_TEXT];
+	unsigned int events; /* enum locker_event */
+	uint64_t announced; /* the generation whose end was announced, with `announced_layout` */
+	uint64_t announced_layout;
+
+	struct pacer pacer;
+	uint64_t began_ns, ended_ns; /* work since the guarantee was set */
+	uint64_t done_bytes;
+	uint64_t progress_ns; /* time of the last progress event */
+
+	/* The thread's own. */
+	struct plan plan;
+	bool plan_valid;
+	uint64_t plan_generation, plan_layout;
+	bool plan_resident_done; /* resident pages are used up, the rest goes in address order */
+	uint64_t credit; /* bytes that headroom_memory() granted */
+	uint64_t credit_until_ns;
+	uint64_t retry_ns; /* the pause before a short guarantee is tried again */
+	bool others_lock; /* something in QEMU holds locks besides us */
+	bool no_populate; /* the kernel is older than 5.14 */
+	struct headroom headroom;
+};
+
+/* Prepares @l with the mutex unlocked. @notify is called with news, with the mutex held: it must not block. */
+void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque);
+
+/* The thread's body; never returns. @arg is the locker. */
+void *locker_run(void *arg);
+
+/*
+ * Sets a new wish and wakes the thread; a size above guest RAM, and one that RLIMIT_MEMLOCK forbids, are refused with
+ * the former wish kept. Returns 0, -EAGAIN when guest RAM is not known, -ENODEV when there is none, -ERANGE above
+ * guest RAM, or -EPERM when RLIMIT_MEMLOCK forbids it; then @text says so.
+ */
+int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT]);
+
+/* Sets the wish from before guest RAM was known: not refused, but short while it cannot be. */
+void locker_set_launch(struct locker *l, const struct wish *wish);
+
+/* Guest RAM is now @layout. What was locked and is no part of it any more is forgotten. */
+void locker_set_layout(struct locker *l, const struct ram_layout *layout);
+
+/*
+ * [gone] is about to be unmapped: forgets it, and waits until no step works on it. At most 100 ms: the caller is QEMU's
+ * main thread. A step that takes longer is past its mlock2() then, and only populates.
+ */
+void locker_remove(struct locker *l, struct range gone);
+
+struct locker_block {
+	struct ram_block block;
+	uint64_t locked;
+};
+
+struct locker_status {
+	struct wish wish;
+	uint64_t generation;
+	enum locker_state state;
+	enum shortage shortage;
+	char short_text[SHORT_TEXT];
+	uint64_t requested, locked, armed, foreign, ram;
+	struct locker_block blocks[RAM_BLOCKS_MAX];
+	size_t n_blocks;
+	uint64_t step_max_us, step_p99_us, rate, eta_s, extents;
+	uint64_t memlock_limit; /* UINT64_MAX: unlimited */
+};
+
+/* A consistent picture. Counts resident pages when there are on-fault locks, so it may take a while. */
+void locker_query(struct locker *l, struct locker_status *s);
+
+/* Takes the events that are due, with the figures that belong to them. */
+unsigned int locker_take_events(struct locker *l, struct locker_status *s);
+
+#endif

@@ -1,0 +1,314 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * All that the shim knows of QEMU.
+ *
+ * Theory of operation: QEMU's symbols are looked up with dlsym() and called only from bottom halves on its main
+ * thread, where the big lock is held; the one exception is the scheduling of such a bottom half, which QEMU allows
+ * from any thread. Nothing here depends on a structure's layout except RAMBlockNotifier, see there.
+ *
+ * Prototypes are those of QEMU 4.2 to 10.2 (include/exec/cpu-common.h, include/exec/ramblock.h, include/block/aio.h,
+ * include/sysemu/hostmem.h, include/qom/object.h). Functions that return bool are declared _Bool: a bool's upper bits
+ * are garbage in the ABI.
+ */
+#include "qemu.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+#include <linux/magic.h>
+#include <fcntl.h>
+
+typedef struct AioContext AioContext;
+typedef struct RAMBlock RAMBlock;
+typedef struct Object Object;
+typedef struct MemoryRegion MemoryRegion;
+
+static struct {
+	AioContext *(*qemu_get_aio_context)(void);
+	/* From 6.2; the older one has no name. */
+	void (*aio_bh_schedule_oneshot_full)(AioContext *, void (*)(void *), void *, const char *);
+	void (*aio_bh_schedule_oneshot)(AioContext *, void (*)(void *), void *);
+	_Bool (*phase_check)(int); /* from 6.0 */
+	_Bool *qdev_hotplug; /* before 6.0: true once the machine is complete */
+	void *qemu_finish_async_prealloc_mem; /* tells which MachineInitPhase values are in use */
+	int (*qemu_ram_foreach_block)(int (*)(RAMBlock *, void *), void *);
+	const char *(*qemu_ram_get_idstr)(RAMBlock *);
+	void *(*qemu_ram_get_host_addr)(RAMBlock *);
+	unsigned long (*qemu_ram_get_used_length)(RAMBlock *); /* ram_addr_t */
+	size_t (*qemu_ram_pagesize)(RAMBlock *);
+	int (*qemu_ram_get_fd)(RAMBlock *); /* from 6.1 */
+	Object *(*object_get_objects_root)(void);
+	int (*object_child_foreach)(Object *, int (*)(Object *, void *), void *);
+	Object *(*object_dynamic_cast)(Object *, const char *);
+	_Bool (*host_memory_backend_is_mapped)(Object *);
+	MemoryRegion *(*host_memory_backend_get_memory)(Object *);
+	void *(*memory_region_get_ram_ptr)(MemoryRegion *);
+	void *(*memory_region_get_ram_discard_manager)(MemoryRegion *); /* from 6.1 */
+	void (*ram_block_notifier_add)(void *);
+} sym;
+
+/*
+ * util/oslib: struct RAMBlockNotifier. Since 6.1 it is {added, removed, resized, next} and the first two get max_size
+ * too; before, {added, removed, next}. This one serves both: an older QEMU writes its list links over `resized`, which
+ * it never calls, and an unused argument costs nothing.
+ */
+static struct {
+	void (*added)(void *n, void *host, size_t size, size_t max_size);
+	void (*removed)(void *n, void *host, size_t size, size_t max_size);
+	void (*resized)(void *n, void *host, size_t old_size, size_t new_size);
+	void *links[4];
+} notifier;
+
+static struct qemu_watcher watcher;
+
+/* dlsym()'s object pointer to any pointer, functions included, without a cast that ISO C forbids. */
+#define LOOK_UP(name) (*(void **)(void *)&sym.name = dlsym(RTLD_DEFAULT, #name))
+
+/* A QEMU that exports nothing is known by its file's name: qemu-system-*, also wrapped, and the distributions' kvm. */
+static bool named_like_qemu(void)
+{
+	char path[PATH_MAX];
+	ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
+	const char *base;
+
+	if (n < 0)
+		return false;
+	path[n] = '\0';
+	base = strrchr(path, '/');
+	base = base ? base + 1 : path;
+	return strstr(base, "qemu-system-") || !strcmp(base, "qemu-kvm") || !strcmp(base, "kvm");
+}
+
+/* Whether the command line has @option, with one dash or two. */
+static bool has_option(const char *option)
+{
+	char arg[4096];
+	FILE *f = fopen("/proc/self/cmdline", "re");
+	bool found = false;
+	size_t n = 0;
+	int c;
+
+	if (!f)
+		return false;
+	while (!found && (c = getc(f)) != EOF) {
+		if (n < sizeof(arg) - 1)
+			arg[n++] = (char)c;
+		if (c == '\0') {
+			const char *name = arg + (arg[0] == '-') + (arg[0] == '-' && arg[1] == '-');
+
+			found = arg[0] == '-' && !strcmp(name, option);
+			n = 0;
+		}
+	}
+	fclose(f);
+	return found;
+}
+
+void qemu_init(struct qemu *q)
+{
+	LOOK_UP(qemu_get_aio_context);
+	LOOK_UP(aio_bh_schedule_oneshot_full);
+	LOOK_UP(aio_bh_schedule_oneshot);
+	LOOK_UP(phase_check);
+	LOOK_UP(qdev_hotplug);
+	LOOK_UP(qemu_finish_async_prealloc_mem);
+	LOOK_UP(qemu_ram_foreach_block);
+	LOOK_UP(qemu_ram_get_idstr);
+	LOOK_UP(qemu_ram_get_host_addr);
+	LOOK_UP(qemu_ram_get_used_length);
+	LOOK_UP(qemu_ram_pagesize);
+	LOOK_UP(qemu_ram_get_fd);
+	LOOK_UP(object_get_objects_root);
+	LOOK_UP(object_child_foreach);
+	LOOK_UP(object_dynamic_cast);
+	LOOK_UP(host_memory_backend_is_mapped);
+	LOOK_UP(host_memory_backend_get_memory);
+	LOOK_UP(memory_region_get_ram_ptr);
+	LOOK_UP(memory_region_get_ram_discard_manager);
+	LOOK_UP(ram_block_notifier_add);
+
+	/* qemu-img and its sisters export stubs of most of the above, but only an emulator has the list of RAM. */
+	q->symbols = dlsym(RTLD_DEFAULT, "ram_list") && sym.qemu_get_aio_context &&
+		     (sym.aio_bh_schedule_oneshot_full || sym.aio_bh_schedule_oneshot) &&
+		     (sym.phase_check || sym.qdev_hotplug) && sym.qemu_ram_foreach_block && sym.qemu_ram_get_idstr &&
+		     sym.qemu_ram_get_host_addr && sym.qemu_ram_get_used_length && sym.qemu_ram_pagesize;
+	q->emulator = q->symbols || named_like_qemu();
+	q->daemonizes = q->emulator && has_option("daemonize");
+}
+
+bool qemu_has_main_loop(void)
+{
+	return sym.qemu_get_aio_context && sym.qemu_get_aio_context();
+}
+
+void qemu_schedule(void (*cb)(void *opaque), void *opaque)
+{
+	AioContext *ctx = sym.qemu_get_aio_context();
+
+	if (sym.aio_bh_schedule_oneshot_full)
+		sym.aio_bh_schedule_oneshot_full(ctx, cb, opaque, "ramlock");
+	else
+		sym.aio_bh_schedule_oneshot(ctx, cb, opaque);
+}
+
+bool qemu_machine_ready(void)
+{
+	/*
+	 * MachineInitPhase (include/hw/qdev-core.h): PHASE_MACHINE_READY is 4, and 5 since PHASE_LATE_BACKENDS_CREATED
+	 * was put before it. The function that came with that phase tells which it is.
+	 */
+	if (sym.phase_check)
+		return sym.phase_check(sym.qemu_finish_async_prealloc_mem ? 5 : 4);
+	return *sym.qdev_hotplug;
+}
+
+/* The host addresses of the memory backends that the guest uses as main memory. */
+struct backends {
+	const void *host[RAM_BLOCKS_MAX];
+	size_t n;
+};
+
+static int add_backend(Object *child, void *opaque)
+{
+	struct backends *b = opaque;
+	MemoryRegion *mr;
+
+	if (b->n == RAM_BLOCKS_MAX || !sym.object_dynamic_cast(child, "memory-backend") ||
+	    !sym.host_memory_backend_is_mapped(child))
+		return 0;
+	mr = sym.host_memory_backend_get_memory(child);
+	/* virtio-mem: only the plugged part is the guest's, and populating the rest would take memory from the host. */
+	if (!mr ||
+	    (sym.memory_region_get_ram_discard_manager && sym.memory_region_get_ram_discard_manager(mr)))
+		return 0;
+	b->host[b->n++] = sym.memory_region_get_ram_ptr(mr);
+	return 0;
+}
+
+static void find_backends(struct backends *b)
+{
+	b->n = 0;
+	if (sym.object_get_objects_root && sym.object_child_foreach && sym.object_dynamic_cast &&
+	    sym.host_memory_backend_is_mapped && sym.host_memory_backend_get_memory && sym.memory_region_get_ram_ptr)
+		sym.object_child_foreach(sym.object_get_objects_root(), add_backend, b);
+}
+
+/*
+ * Before 5.1 machine RAM was no backend, but boards named its block "pc.ram", "mach-virt.ram" and so on. Video RAM is
+ * "vga.vram", and devices' blocks have a path ("0000:00:02.0/vga.vram", "/rom@etc/acpi/tables").
+ */
+static bool named_like_machine_ram(const char *id)
+{
+	size_t n = strlen(id);
+
+	return n > 4 && !strcmp(id + n - 4, ".ram") && !strchr(id, '/');
+}
+
+static enum backing find_backing(RAMBlock *rb, uint64_t page_size)
+{
+	char link[64], path[PATH_MAX];
+	struct statfs fs;
+	ssize_t n;
+	int fd = sym.qemu_ram_get_fd ? sym.qemu_ram_get_fd(rb) : -1;
+
+	if (page_size > (uint64_t)sysconf(_SC_PAGESIZE))
+		return BACKING_HUGETLB;
+	if (fd < 0)
+		return BACKING_ANONYMOUS;
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+	n = readlink(link, path, sizeof(path) - 1);
+	if (n > 0 && !strncmp(path, "/memfd:", 7))
+		return BACKING_MEMFD;
+	if (!fstatfs(fd, &fs) && fs.f_type == TMPFS_MAGIC)
+		return BACKING_SHMEM;
+	return BACKING_FILE;
+}
+
+struct walk {
+	struct backends backends;
+	struct ram_layout *layout;
+	int err;
+};
+
+static int add_block(RAMBlock *rb, void *opaque)
+{
+	struct walk *w = opaque;
+	const char *id = sym.qemu_ram_get_idstr(rb);
+	const char *host = sym.qemu_ram_get_host_addr(rb);
+	uint64_t size = sym.qemu_ram_get_used_length(rb);
+	bool guest_ram = named_like_machine_ram(id);
+	struct ram_block *b;
+
+	for (size_t i = 0; i < w->backends.n; i++)
+		guest_ram |= w->backends.host[i] == host;
+	if (!guest_ram || !host || !size)
+		return 0;
+	if (w->layout->n == RAM_BLOCKS_MAX) {
+		w->err = -E2BIG;
+		return 1;
+	}
+	b = &w->layout->v[w->layout->n++];
+	snprintf(b->id, sizeof(b->id), "%s", id);
+	b->host = (struct range){ (uint64_t)(uintptr_t)host, (uint64_t)(uintptr_t)host + size };
+	b->page_size = sym.qemu_ram_pagesize(rb);
+	b->backing = find_backing(rb, b->page_size);
+	return 0;
+}
+
+int qemu_walk(struct ram_layout *l)
+{
+	static struct walk w; /* too large for QEMU's stack; bottom halves never run in parallel */
+
+	l->n = 0;
+	w.layout = l;
+	w.err = 0;
+	find_backends(&w.backends);
+	sym.qemu_ram_foreach_block(add_block, &w);
+	layout_finish(l);
+	return w.err;
+}
+
+static struct range host_range(void *host, size_t size)
+{
+	return (struct range){ (uint64_t)(uintptr_t)host, (uint64_t)(uintptr_t)host + size };
+}
+
+static void on_added(void *n, void *host, size_t size, size_t max_size)
+{
+	(void)n, (void)host, (void)size, (void)max_size;
+	watcher.changed(watcher.opaque);
+}
+
+static void on_removed(void *n, void *host, size_t size, size_t max_size)
+{
+	(void)n, (void)max_size;
+	watcher.removed(watcher.opaque, host_range(host, size));
+}
+
+static void on_resized(void *n, void *host, size_t old_size, size_t new_size)
+{
+	(void)n;
+	if (new_size < old_size) {
+		/* The mapping stays, so a lock would too. */
+		watcher.removed(watcher.opaque, host_range((char *)host + new_size, old_size - new_size));
+		munlock((char *)host + new_size, old_size - new_size);
+	}
+	watcher.changed(watcher.opaque);
+}
+
+bool qemu_watch(const struct qemu_watcher *w)
+{
+	if (!sym.ram_block_notifier_add)
+		return false;
+	watcher = *w;
+	notifier.added = on_added;
+	notifier.removed = on_removed;
+	notifier.resized = on_resized;
+	sym.ram_block_notifier_add(&notifier);
+	return true;
+}

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* All that the shim knows of QEMU: functions looked up by name in the running process, every one optional. */
+#ifndef RAMLOCK_QEMU_H
+#define RAMLOCK_QEMU_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "layout.h"
+
+/* What the owner of the shim is told about guest RAM; all are called on QEMU's main thread, under its big lock. */
+struct qemu_watcher {
+	void *opaque;
+	/* RAM appeared or grew: look again, but not from inside this call. */
+	void (*changed)(void *opaque);
+	/* [gone] is about to be unmapped: must not be touched after the call returns. */
+	void (*removed)(void *opaque, struct range gone);
+};
+
+struct qemu {
+	bool emulator; /* this process is a qemu-system-* */
+	bool symbols; /* ... and exports what is needed to find guest RAM */
+	bool daemonizes; /* -daemonize is on the command line */
+};
+
+/* Looks up everything. Calls nothing of QEMU. */
+void qemu_init(struct qemu *q);
+
+/* Whether QEMU's main loop exists, so that a bottom half can be scheduled. */
+bool qemu_has_main_loop(void);
+
+/* Runs @cb once on QEMU's main thread, under the big lock. Safe from any thread once qemu_has_main_loop(). */
+void qemu_schedule(void (*cb)(void *opaque), void *opaque);
+
+/* Bottom half only: whether the machine is complete, so that its RAM may be looked at. */
+bool qemu_machine_ready(void);
+
+/* Bottom half only: lists guest RAM. Returns 0, or -E2BIG when there are too many blocks. */
+int qemu_walk(struct ram_layout *l);
+
+/* Bottom half only, once: tells @w about every change of RAM from now on. Returns false when this QEMU cannot. */
+bool qemu_watch(const struct qemu_watcher *w);
+
+#endif

@@ -1,0 +1,325 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Entry of the shim, and the thread that everything but locking happens on.
+ *
+ * Theory of operation: the dynamic loader runs enter() before QEMU's main(). In anything that is not a QEMU system
+ * emulator nothing happens. Otherwise the control thread is started, which binds the control socket while the process
+ * has the rights that it was started with (-runas and -chroot come later), starts the lock thread, and waits for
+ * QEMU's main loop to exist; touching QEMU before that kills the VM. Then it schedules a bottom half, which looks whether
+ * the machine is complete and lists guest RAM. If it is not, the control thread schedules another one after a while:
+ * a bottom half never schedules itself.
+ *
+ * On QEMU's own threads runs only what is in this file below "On QEMU's main thread", and enter().
+ *
+ * -daemonize forks twice after enter(), and threads do not survive a fork. after_fork_in_child() starts them again,
+ * but only where QEMU was not initialised at the fork: later forks are helpers that will exec.
+ *
+ * The threads block all signals, because QEMU relies on signals that are directed at its own threads, and never fork
+ * or exec, for which QEMU's sandbox would kill the process.
+ */
+#include "commands.h"
+#include "config.h"
+#include "control.h"
+#include "headroom.h"
+#include "locker.h"
+#include "qemu.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+	/* Until the main loop exists, which takes QEMU 10 to 100 ms. */
+	POLL_FAST_MS = 2,
+	POLL_FAST_TIMES = 1000,
+	POLL_SLOW_MS = 50,
+	/* Until the machine is complete; with -preconfig that is for the operator to say. */
+	LOOK_AGAIN_MIN_MS = 20,
+	LOOK_AGAIN_MAX_MS = 1000,
+	STACK_BYTES = 256 << 10, /* with -overcommit mem-lock=on all of it gets locked */
+};
+
+/* How far the listing of guest RAM is. */
+enum walk {
+	WALK_NONE, /* QEMU's main loop does not exist yet */
+	WALK_DUE, /* schedule a bottom half, after a pause */
+	WALK_SCHEDULED,
+	WALK_DONE, /* and current */
+};
+
+static struct shim {
+	struct config config;
+	struct qemu qemu;
+	struct locker locker;
+	struct commands commands;
+	struct qmp_server server;
+	struct control control;
+	atomic_bool active; /* this process is a QEMU that we serve */
+	atomic_int walk; /* enum walk */
+	bool watching; /* QEMU tells us about changes of RAM; main thread only */
+	bool launched; /* the guarantee of the launch was set */
+	unsigned int forks; /* since enter() */
+} shim;
+
+__attribute__((format(printf, 1, 2))) static void warn(const char *fmt, ...)
+{
+	char text[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	dprintf(STDERR_FILENO, "ramlock: %s\n", text);
+}
+
+/* ---- On QEMU's main thread ---- */
+
+static void ram_changed(void *opaque)
+{
+	struct shim *s = opaque;
+
+	atomic_store(&s->walk, WALK_DUE);
+	control_poke(&s->control);
+}
+
+static void ram_removed(void *opaque, struct range gone)
+{
+	struct shim *s = opaque;
+
+	locker_remove(&s->locker, gone);
+}
+
+static void look(void *opaque)
+{
+	static struct ram_layout layout;
+	struct shim *s = opaque;
+	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
+
+	if (!qemu_machine_ready()) {
+		ram_changed(s);
+		return;
+	}
+	if (!s->watching)
+		s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
+	atomic_store(&s->walk, WALK_DONE);
+	if (qemu_walk(&layout))
+		warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
+	locker_set_layout(&s->locker, &layout);
+	control_poke(&s->control);
+}
+
+/* ---- The control thread ---- */
+
+/* The lock thread has news. Called with the locker's mutex held. */
+static void locker_news(void *opaque)
+{
+	control_poke(&((struct shim *)opaque)->control);
+}
+
+/* Sets the guarantee that QEMU was started with, once guest RAM is known. */
+static void launch_guarantee(struct shim *s)
+{
+	const struct guarantee *g = &s->config.guarantee;
+	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault };
+
+	s->launched = true;
+	locker_query(&s->locker, &s->commands.status);
+	wish.all = g->kind == GUARANTEE_ALL;
+	wish.lock_ram_size = guarantee_resolve(g, s->commands.status.ram);
+	if (!wish.all && wish.lock_ram_size > s->commands.status.ram) {
+		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error),
+			 "the guarantee of %llu MiB at launch is above guest RAM, which is %llu MiB; none is set",
+			 (unsigned long long)(wish.lock_ram_size >> 20),
+			 (unsigned long long)(s->commands.status.ram >> 20));
+		warn("%s", s->commands.launch_error);
+		wish.lock_ram_size = 0;
+	}
+	locker_set_launch(&s->locker, &wish);
+}
+
+static int64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+/* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. */
+static int find_ram(struct shim *s)
+{
+	static unsigned int polls, pause_ms = LOOK_AGAIN_MIN_MS;
+	static int64_t look_at_ms; /* 0: not decided */
+	int due = WALK_DUE;
+
+	if (!s->qemu.symbols) {
+		if (!s->qemu.daemonizes || s->forks >= 2)
+			control_listen(&s->control);
+		return -1;
+	}
+	switch ((enum walk)atomic_load(&s->walk)) {
+	case WALK_NONE:
+		if (!qemu_has_main_loop())
+			return polls++ < POLL_FAST_TIMES ? POLL_FAST_MS : POLL_SLOW_MS;
+		control_listen(&s->control);
+		atomic_store(&s->walk, WALK_SCHEDULED);
+		qemu_schedule(look, s);
+		return -1;
+	case WALK_DUE:
+		/* The pause lets QEMU go on, and gathers the changes that come together. */
+		if (!look_at_ms)
+			look_at_ms = now_ms() + pause_ms;
+		if (now_ms() < look_at_ms)
+			return (int)(look_at_ms - now_ms()) + 1;
+		look_at_ms = 0;
+		pause_ms = pause_ms * 2 < LOOK_AGAIN_MAX_MS ? pause_ms * 2 : LOOK_AGAIN_MAX_MS;
+		if (atomic_compare_exchange_strong(&s->walk, &due, WALK_SCHEDULED))
+			qemu_schedule(look, s);
+		return -1;
+	case WALK_SCHEDULED:
+		return -1;
+	case WALK_DONE:
+		pause_ms = LOOK_AGAIN_MIN_MS;
+		if (!s->launched)
+			launch_guarantee(s);
+		break;
+	}
+	return -1;
+}
+
+static int start_thread(void *(*run)(void *), void *arg)
+{
+	pthread_attr_t attr;
+	pthread_t thread;
+	sigset_t all, before;
+	int err;
+
+	sigfillset(&all);
+	pthread_attr_init(&attr);
+	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	pthread_attr_setstacksize(&attr, STACK_BYTES);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	err = pthread_create(&thread, &attr, run, arg);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	pthread_attr_destroy(&attr);
+	return -err;
+}
+
+static void *control_run(void *arg)
+{
+	struct shim *s = arg;
+	int err;
+
+	prctl(PR_SET_NAME, "ramlock-ctl");
+	headroom_init(&s->locker.headroom);
+	control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
+	err = start_thread(locker_run, &s->locker);
+	if (err) {
+		warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
+		return NULL;
+	}
+	for (;;) {
+		control_wait(&s->control, find_ram(s));
+		commands_events(&s->commands, control_event, &s->control);
+	}
+	return NULL;
+}
+
+/* ---- Entry, on QEMU's main thread before main() ---- */
+
+static void start(struct shim *s)
+{
+	int err;
+
+	locker_init(&s->locker, locker_news, s);
+	memset(&s->commands, 0, sizeof(s->commands));
+	s->commands.locker = &s->locker;
+	s->commands.symbols = s->qemu.symbols;
+	s->server = (struct qmp_server){ commands_run, &s->commands };
+	err = control_init(&s->control, &s->config, &s->server);
+	if (!err)
+		err = start_thread(control_run, s);
+	atomic_store(&s->active, !err);
+	if (err)
+		warn("cannot start: %s; this VM has no guarantee", strerror(-err));
+}
+
+static void after_fork_in_child(void)
+{
+	struct shim *s = &shim;
+
+	if (!atomic_exchange(&s->active, false))
+		return;
+	/* The threads, and what they were about, stayed with the parent. */
+	s->control.owner = 0;
+	s->forks++;
+	if (s->qemu.symbols ? qemu_has_main_loop() : !s->qemu.daemonizes || s->forks > 2)
+		return;
+	headroom_deinit(&s->locker.headroom);
+	control_deinit(&s->control);
+	start(s);
+}
+
+static const char *base_name(const char *path)
+{
+	const char *slash = strrchr(path, '/');
+
+	return slash ? slash + 1 : path;
+}
+
+/* Takes this object's own entry out of LD_PRELOAD, so that QEMU's helpers start without it. */
+static void leave_preload(void)
+{
+	const char *list = getenv("LD_PRELOAD");
+	char *rest, *copy, *save, *entry;
+	Dl_info self;
+
+	if (!list || !dladdr(&shim, &self))
+		return;
+	rest = calloc(1, strlen(list) + 1);
+	copy = strdup(list);
+	for (entry = rest && copy ? strtok_r(copy, ": ", &save) : NULL; entry; entry = strtok_r(NULL, ": ", &save)) {
+		if (!strcmp(base_name(entry), base_name(self.dli_fname)))
+			continue;
+		if (*rest)
+			strcat(rest, ":");
+		strcat(rest, entry);
+	}
+	if (rest && copy && *rest)
+		setenv("LD_PRELOAD", rest, 1);
+	else if (rest && copy)
+		unsetenv("LD_PRELOAD");
+	free(copy);
+	free(rest);
+}
+
+__attribute__((constructor)) static void enter(void)
+{
+	struct shim *s = &shim;
+
+	qemu_init(&s->qemu);
+	if (!s->qemu.emulator)
+		return;
+	leave_preload();
+	config_from_environment(&s->config, warn);
+	if (pthread_atfork(NULL, NULL, after_fork_in_child)) {
+		warn("cannot follow forks: this VM has no guarantee");
+		return;
+	}
+	start(s);
+}
+
+__attribute__((destructor)) static void leave(void)
+{
+	if (atomic_load(&shim.active))
+		control_unlink(&shim.control);
+}
