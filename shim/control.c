@@ -9,6 +9,8 @@
  */
 #include "control.h"
 
+#include "fd.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <json-c/json.h>
@@ -94,7 +96,7 @@ static int bind_listener(struct control *c)
 {
 	const struct sockaddr *address = (const struct sockaddr *)&c->address;
 
-	c->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	c->listener = fd_above_stdio(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
 	if (c->listener < 0)
 		return -errno;
 	/* bind() gives the file the mode of the socket less the umask: at no time is it open to others. */
@@ -121,8 +123,7 @@ int control_bind(struct control *c, void (*warn)(const char *fmt, ...))
 		err = bind_listener(c);
 	if (err) {
 		warn("no control socket at '%s': %s", c->address.sun_path, strerror(-err));
-		if (c->listener >= 0)
-			close(c->listener);
+		fd_close(c->listener);
 		c->listener = -1;
 		return err;
 	}
@@ -157,8 +158,8 @@ int control_init(struct control *c, const struct config *config, const struct qm
 	c->listener = -1;
 	for (size_t i = 0; i < CLIENTS_MAX; i++)
 		c->clients[i].fd = -1;
-	c->epoll = epoll_create1(EPOLL_CLOEXEC);
-	c->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	c->epoll = fd_above_stdio(epoll_create1(EPOLL_CLOEXEC));
+	c->wake = fd_above_stdio(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
 	ev.data.ptr = &c->wake;
 	if (c->epoll < 0 || c->wake < 0 || epoll_ctl(c->epoll, EPOLL_CTL_ADD, c->wake, &ev))
 		return -errno;
@@ -168,12 +169,10 @@ int control_init(struct control *c, const struct config *config, const struct qm
 void control_deinit(struct control *c)
 {
 	for (size_t i = 0; i < CLIENTS_MAX; i++)
-		if (c->clients[i].fd >= 0)
-			close(c->clients[i].fd);
-	if (c->listener >= 0)
-		close(c->listener);
-	close(c->wake);
-	close(c->epoll);
+		fd_close(c->clients[i].fd);
+	fd_close(c->listener);
+	fd_close(c->wake);
+	fd_close(c->epoll);
 }
 
 /* Takes new clients, or none for a while. */
@@ -272,7 +271,7 @@ static void accept_client(struct control *c)
 {
 	struct epoll_event ev = { .events = EPOLLIN };
 	struct client *client;
-	int fd = accept4(c->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	int fd = fd_above_stdio(accept4(c->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK));
 
 	if (fd < 0) {
 		if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {

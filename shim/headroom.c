@@ -7,6 +7,8 @@
  */
 #include "headroom.h"
 
+#include "fd.h"
+
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -39,7 +41,7 @@ const char *shortage_name(enum shortage s)
 
 static int open_file(const char *path)
 {
-	return open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+	return fd_above_stdio(open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY));
 }
 
 /* Reads a whole small file from its start. Returns 0 or -errno. */
@@ -143,8 +145,7 @@ static void open_cgroups(struct headroom *h)
 	int err = read_file(fd, text, sizeof(text));
 	bool found = false;
 
-	if (fd >= 0)
-		close(fd);
+	fd_close(fd);
 	if (err == -EBADF && !access("/proc/self/status", F_OK)) {
 		h->cgroups_known = true; /* a kernel without cgroups has no limits either */
 		return;
@@ -179,7 +180,11 @@ static void open_cgroups(struct headroom *h)
 
 void headroom_init(struct headroom *h)
 {
-	memset(h, 0, sizeof(*h));
+	*h = (struct headroom){ .meminfo = -1, .status = -1 };
+}
+
+void headroom_open(struct headroom *h)
+{
 	h->meminfo = open_file("/proc/meminfo");
 	h->status = open_file("/proc/self/status");
 	open_cgroups(h);
@@ -187,14 +192,14 @@ void headroom_init(struct headroom *h)
 
 void headroom_deinit(struct headroom *h)
 {
-	close(h->meminfo);
-	close(h->status);
+	fd_close(h->meminfo);
+	fd_close(h->status);
 	for (unsigned int i = 0; i < h->n_levels; i++) {
-		close(h->levels[i].limit);
-		close(h->levels[i].usage);
-		close(h->levels[i].stat);
+		fd_close(h->levels[i].limit);
+		fd_close(h->levels[i].usage);
+		fd_close(h->levels[i].stat);
 	}
-	h->n_levels = 0;
+	headroom_init(h);
 }
 
 int64_t headroom_vm_locked(const struct headroom *h)

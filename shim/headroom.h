@@ -42,8 +42,10 @@ struct headroom {
 	bool cgroups_known; /* false: there may be limits that we cannot see */
 };
 
-/* Opens what can be opened. Must run in the process (not its parent) whose limits are asked for. */
 void headroom_init(struct headroom *h);
+
+/* Opens what can be opened. Must run in the process (not its parent) whose limits are asked for. */
+void headroom_open(struct headroom *h);
 void headroom_deinit(struct headroom *h);
 
 /* VmLck in bytes, or -errno. */

@@ -91,6 +91,7 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	l->notify = notify;
 	l->opaque = opaque;
 	l->wish.prefault = true;
+	headroom_init(&l->headroom);
 	pthread_mutex_init(&l->mutex, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);

@@ -63,6 +63,8 @@ static struct shim {
 	struct commands commands;
 	struct qmp_server server;
 	struct control control;
+	pthread_mutex_t binding; /* so that a process that exits at once leaves no socket behind */
+	bool leaving; /* the process exits: bind nothing more */
 	atomic_bool active; /* this process is a QEMU that we serve */
 	atomic_int walk; /* enum walk */
 	bool watching; /* QEMU tells us about changes of RAM; main thread only */
@@ -220,8 +222,11 @@ static void *control_run(void *arg)
 	int err;
 
 	prctl(PR_SET_NAME, "ramlock-ctl");
-	headroom_init(&s->locker.headroom);
-	control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
+	headroom_open(&s->locker.headroom);
+	pthread_mutex_lock(&s->binding);
+	if (!s->leaving)
+		control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
+	pthread_mutex_unlock(&s->binding);
 	err = start_thread(locker_run, &s->locker);
 	if (err) {
 		warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
@@ -240,6 +245,7 @@ static void start(struct shim *s)
 {
 	int err;
 
+	pthread_mutex_init(&s->binding, NULL);
 	locker_init(&s->locker, locker_news, s);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;
@@ -320,6 +326,12 @@ __attribute__((constructor)) static void enter(void)
 
 __attribute__((destructor)) static void leave(void)
 {
-	if (atomic_load(&shim.active))
-		control_unlink(&shim.control);
+	struct shim *s = &shim;
+
+	if (!atomic_load(&s->active))
+		return;
+	pthread_mutex_lock(&s->binding);
+	s->leaving = true;
+	control_unlink(&s->control);
+	pthread_mutex_unlock(&s->binding);
 }
