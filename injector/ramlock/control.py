@@ -14,8 +14,7 @@ import enum
 import json
 import socket
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ramlock.deadline import Deadline
 from ramlock.errors import CommandError, ControlError, Disconnected, NoAnswer, NotOurs, ProtocolError
@@ -37,8 +36,7 @@ class State(enum.Enum):
     BROKEN = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """Something that the shim told without being asked."""
 
     name: str

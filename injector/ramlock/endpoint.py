@@ -13,8 +13,8 @@ import struct
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ramlock import procfs
 from ramlock.deadline import Deadline
@@ -27,8 +27,7 @@ _RETRY = 0.02
 _RIGHTS = "run ramlock as root or as the user who started the VM, or start the VM with --allow-uid"
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """Who listens on the other side, by the kernel's word (SO_PEERCRED in unix(7)); pid is 0 when we cannot see it."""
 
     pid: int

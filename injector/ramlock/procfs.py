@@ -10,8 +10,8 @@ import os
 import re
 import select
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ramlock.errors import NoPermission, NotFound, VmGone
 
@@ -19,11 +19,10 @@ PROC = Path("/proc")
 MAX_FILE = 1 << 20
 """Bytes read at most of any one file."""
 
-_QEMU = re.compile(r"\.?(qemu-system-[\w.+-]+|qemu-kvm|qemu|kvm)(-wrapped)?( \(deleted\))?", re.ASCII)
+_QEMU = r"\.?(qemu-system-[\w.+-]+|qemu-kvm|qemu|kvm)(-wrapped)?( \(deleted\))?"
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(NamedTuple):
     """What /proc tells anyone about a process."""
 
     pid: int
@@ -52,12 +51,6 @@ class Process:
         return self.state in "Tt"
 
     @property
-    def is_qemu(self) -> bool:
-        """Whether it looks like a QEMU system emulator. Anyone can look like one."""
-        program = self.exe or (self.cmdline[0] if self.cmdline else "")
-        return _QEMU.fullmatch(program.rsplit("/", 1)[-1]) is not None
-
-    @property
     def name(self) -> str | None:
         """The VM's name from QEMU's -name; None when it has none."""
         return vm_name(self.cmdline)
@@ -71,7 +64,6 @@ def read(pid: int, proc: Path = PROC) -> Process:
     try:
         status = _status(_bytes(proc / str(pid) / "status"))
         stat = _bytes(proc / str(pid) / "stat")
-        cmdline = _bytes(proc / str(pid) / "cmdline")
         # The command's name stands in parentheses and may itself contain spaces and parentheses.
         fields = stat[stat.rindex(b")") + 2 :].split()
         return Process(
@@ -82,7 +74,7 @@ def read(pid: int, proc: Path = PROC) -> Process:
             inner_pid=int(status.get("NSpid", str(pid)).split()[-1]),
             locked=int(status.get("VmLck", "0 kB").split()[0]) * 1024,
             exe=_link(proc / str(pid) / "exe"),
-            cmdline=tuple(os.fsdecode(word) for word in cmdline.split(b"\0")[:-1]),
+            cmdline=_cmdline(pid, proc),
         )
     except (FileNotFoundError, ProcessLookupError):
         raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
@@ -138,11 +130,19 @@ def qemus(proc: Path = PROC) -> Iterator[Process]:
     """Yield every process that looks like a QEMU system emulator, in order of pid."""
     for pid in sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal()):
         try:
-            process = read(pid, proc)
-        except (NotFound, NoPermission, ValueError, IndexError, KeyError):
+            # Most are not, and this is the cheaper half of what there is to read.
+            if looks_like_qemu(_link(proc / str(pid) / "exe"), _cmdline(pid, proc)):
+                process = read(pid, proc)
+                if not process.ended:
+                    yield process
+        except (NotFound, NoPermission, OSError, ValueError, IndexError, KeyError):
             continue  # ended while we looked
-        if process.is_qemu and not process.ended:
-            yield process
+
+
+def looks_like_qemu(exe: str | None, cmdline: tuple[str, ...]) -> bool:
+    """Tell whether a process looks like a QEMU system emulator. Anyone can look like one."""
+    program = exe or (cmdline[0] if cmdline else "")
+    return re.fullmatch(_QEMU, program.rsplit("/", 1)[-1], re.ASCII) is not None
 
 
 def vm_name(cmdline: tuple[str, ...]) -> str | None:
@@ -205,6 +205,10 @@ class Pin:
 def _bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(MAX_FILE)
+
+
+def _cmdline(pid: int, proc: Path) -> tuple[str, ...]:
+    return tuple(os.fsdecode(word) for word in _bytes(proc / str(pid) / "cmdline").split(b"\0")[:-1])
 
 
 def _link(path: Path) -> str | None:

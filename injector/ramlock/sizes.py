@@ -17,7 +17,7 @@ MAX_SIZE = (1 << 63) - 1
 
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB, "t": TIB, "tib": TIB}
 _DECIMAL_UNITS = {"kb": "KiB", "mb": "MiB", "gb": "GiB", "tb": "TiB"}
-_SIZE = re.compile(r"([0-9]+)(?:\.([0-9]+))?\s*([A-Za-z]*|%)", re.ASCII)
+_SIZE = r"([0-9]+)(?:\.([0-9]+))?\s*([A-Za-z]*|%)"
 _EXAMPLES = "write it like 512M, 2G, 1.5GiB, 50% or all"
 
 
@@ -52,7 +52,7 @@ def parse_size(text: str) -> Size:
     shown = printable(text, 40)
     if text.strip().lower() == "all":
         return Size("all")
-    match = _SIZE.fullmatch(text.strip()) if len(text) <= 64 else None
+    match = re.fullmatch(_SIZE, text.strip(), re.ASCII) if len(text) <= 64 else None
     if match is None:
         if re.fullmatch(r"\s*-[0-9.]+\s*[A-Za-z%]*\s*", text):
             raise SizeError(f"'{shown}' is negative, a size is not", "to unlock everything say 0")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ramlock import endpoint, procfs
 from ramlock.control import Client
@@ -34,8 +35,7 @@ class Selector:
             raise UsageError("which VM is meant?", "give exactly one of --pid PID, --vm NAME and --socket PATH")
 
 
-@dataclass(frozen=True, slots=True)
-class Vm:
+class Vm(NamedTuple):
     """A VM and a session with its shim."""
 
     client: Client
@@ -110,7 +110,7 @@ def _connect(selector: Selector, patience: Deadline, proc: Path) -> Vm:
                 sock, path = endpoint.connect_process(process, environ, Deadline(ANSWER_TIME), proc)
                 break
             except NotFound:
-                if patience.expired or not _expects_shim(environ):
+                if patience.expired or not _expects_shim(process, environ):
                     raise
                 time.sleep(_RETRY)
         pin.check()
@@ -136,8 +136,10 @@ def _by_socket(path: Path, proc: Path) -> Vm:
         return Vm(client, None, None, None)  # out of our sight; the socket is all that was asked for
 
 
-def _expects_shim(environ: dict[str, str] | None) -> bool:
-    """Tell whether a process was started with the shim, so that its socket may only be late."""
+def _expects_shim(process: procfs.Process, environ: dict[str, str] | None) -> bool:
+    """Tell whether a process was started with the shim, or is about to be: then its socket may only be late."""
+    if "run" in process.cmdline and any(word.rsplit("/", 1)[-1] == "ramlock" for word in process.cmdline[:3]):
+        return True
     environ = environ or {}
     return "ramlock" in environ.get("LD_PRELOAD", "") or any(name.startswith("RAMLOCK_") for name in environ)
 
