@@ -138,6 +138,8 @@ def _by_socket(path: Path, proc: Path) -> Vm:
 
 def _expects_shim(process: procfs.Process, environ: dict[str, str] | None) -> bool:
     """Tell whether a process was started with the shim, or is about to be: then its socket may only be late."""
+    if not process.cmdline and process.exe is not None:
+        return True  # in the middle of exec
     if "run" in process.cmdline and any(word.rsplit("/", 1)[-1] == "ramlock" for word in process.cmdline[:3]):
         return True
     environ = environ or {}
