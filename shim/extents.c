@@ -120,7 +120,7 @@ bool extents_part(const struct extents *e, struct range r, struct range *part)
 {
 	size_t i = first_after(e, r.start);
 
-	if (i == e->n || e->v[i].start >= r.end)
+	if (r.start >= r.end || i == e->n || e->v[i].start >= r.end)
 		return false;
 	part->start = e->v[i].start > r.start ? e->v[i].start : r.start;
 	part->end = e->v[i].end < r.end ? e->v[i].end : r.end;

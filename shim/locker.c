@@ -26,7 +26,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
@@ -73,6 +75,20 @@ static struct timespec timespec_of(uint64_t ns)
 static void *address(struct range r)
 {
 	return (void *)(uintptr_t)r.start;
+}
+
+/*
+ * System calls made directly: what counts is what the kernel did, and libc's functions can be interposed (a QEMU built
+ * with a sanitizer has an mlock() and a munlock() that do nothing).
+ */
+static int sys_mlock2(struct range r, unsigned int flags)
+{
+	return syscall(SYS_mlock2, address(r), range_size(r), flags) ? errno : 0;
+}
+
+static int sys_munlock(struct range r)
+{
+	return syscall(SYS_munlock, address(r), range_size(r)) ? errno : 0;
 }
 
 /* Waits on @cond until @deadline_ns of CLOCK_MONOTONIC. Returns ETIMEDOUT or 0. */
@@ -401,7 +417,7 @@ static int populate(struct locker *l, struct range r)
 		else if (errno != EINTR && errno != EAGAIN)
 			return -errno;
 	}
-	return mlock(address(r), range_size(r)) ? -errno : 0;
+	return -sys_mlock2(r, 0);
 }
 
 static void explain_errno(struct locker *l, int err, const struct step *s, const char *doing, struct outcome *o)
@@ -429,11 +445,11 @@ static void do_lock(struct locker *l, const struct step *s, struct outcome *o)
 	if (!s->hugetlb && !s->resident && !admit(l, size, o))
 		return;
 	before = others ? headroom_vm_locked(&l->headroom) : 0;
-	if (mlock2(address(s->r), size, MLOCK_ONFAULT)) {
-		err = errno;
+	err = sys_mlock2(s->r, MLOCK_ONFAULT);
+	if (err) {
 		/* A failure can come after a part was locked: take that back, unless it may be another's. */
 		if (!others)
-			munlock(address(s->r), size);
+			sys_munlock(s->r);
 		explain_errno(l, err, s, "locking guest RAM", o);
 		return;
 	}
@@ -442,7 +458,7 @@ static void do_lock(struct locker *l, const struct step *s, struct outcome *o)
 	err = s->prefault ? -populate(l, s->r) : 0;
 	if (err) {
 		if (ours)
-			munlock(address(s->r), size);
+			sys_munlock(s->r);
 		explain_errno(l, err, s, s->hugetlb ? "allocating huge pages" : "populating guest RAM", o);
 		return;
 	}
@@ -462,8 +478,10 @@ static void do_populate(struct locker *l, const struct step *s, struct outcome *
 
 static void do_unlock(struct locker *l, const struct step *s, struct outcome *o)
 {
-	if (munlock(address(s->r), range_size(s->r)))
-		explain_errno(l, errno, s, "unlocking guest RAM", o);
+	int err = sys_munlock(s->r);
+
+	if (err)
+		explain_errno(l, err, s, "unlocking guest RAM", o);
 }
 
 /* ---- Accounting; with the mutex ---- */

@@ -267,6 +267,7 @@ static int syntax_error(struct qmp *q, const char *what)
 
 	json_tokener_reset(q->tokener);
 	q->request_size = 0;
+	q->quote = 0;
 	q->skipping = true;
 	qmp_fail(&r, NULL, "JSON parse error, %s", what);
 	return send_error(q, &r, NULL);
@@ -283,6 +284,31 @@ static bool is_reset(char c)
 	return (unsigned char)c < 0x20 || (unsigned char)c == 0xff;
 }
 
+/*
+ * How many bytes of @data can be given to json-c, which accepts raw control bytes in strings: all up to one of those.
+ * Advances @quote: the quote of the string that the input is in, or'ed with ESCAPED after a backslash there; 0 outside.
+ */
+static size_t before_bad_control(const char *data, size_t size, int *quote)
+{
+	enum { ESCAPED = 0x100 };
+
+	for (size_t i = 0; i < size; i++) {
+		char c = data[i];
+
+		if (*quote && (unsigned char)c < 0x20)
+			return i;
+		if (*quote & ESCAPED)
+			*quote &= ~ESCAPED;
+		else if (*quote && c == '\\')
+			*quote |= ESCAPED;
+		else if (*quote && c == *quote)
+			*quote = 0;
+		else if (!*quote && (c == '"' || c == '\''))
+			*quote = c;
+	}
+	return size;
+}
+
 int qmp_feed(struct qmp *q, const char *data, size_t size)
 {
 	int err = 0;
@@ -291,6 +317,7 @@ int qmp_feed(struct qmp *q, const char *data, size_t size)
 		enum json_tokener_error state;
 		struct json_object *request;
 		size_t part, used;
+		int quote = q->quote;
 
 		if (q->skipping) {
 			q->skipping = !is_reset(*data);
@@ -306,11 +333,17 @@ int qmp_feed(struct qmp *q, const char *data, size_t size)
 			err = syntax_error(q, "a request is longer than 64 KiB");
 			continue;
 		}
+		part = before_bad_control(data, part, &quote);
+		if (!part) {
+			err = syntax_error(q, "a control byte in a string");
+			continue;
+		}
 		request = json_tokener_parse_ex(q->tokener, data, (int)part);
 		state = json_tokener_get_error(q->tokener);
 		used = json_tokener_get_parse_end(q->tokener);
 		if (state == json_tokener_continue) {
 			q->request_size += part;
+			q->quote = quote;
 			data += part, size -= part;
 			continue;
 		}
@@ -323,6 +356,7 @@ int qmp_feed(struct qmp *q, const char *data, size_t size)
 		}
 		data += used, size -= used;
 		q->request_size = 0;
+		q->quote = 0;
 		err = answer(q, request);
 		json_object_put(request);
 	}

@@ -32,6 +32,7 @@ struct qmp {
 	const struct qmp_server *server;
 	struct json_tokener *tokener;
 	size_t request_size; /* bytes of the request so far */
+	int quote; /* the string that the request is in the middle of; see qmp.c */
 	bool negotiated; /* qmp_capabilities was executed */
 	bool skipping; /* after a syntax error, until a place to begin again */
 	char *out; /* bytes for the peer */

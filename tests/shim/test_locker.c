@@ -1,0 +1,280 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The lock thread on real memory, judged by the kernel's VmLck and mincore(). */
+#include "check.h"
+#include "locker.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MIB = 1 << 20, BLOCK = 64 * MIB, BLOCKS = 2, DEADLINE_S = 60 };
+
+static struct locker locker;
+static struct ram_layout layout;
+static atomic_uint notes;
+static struct locker_status status;
+static char text[SHORT_TEXT];
+
+static void note(void *opaque)
+{
+	(void)opaque;
+	atomic_fetch_add(&notes, 1);
+}
+
+static struct range map_block(void)
+{
+	char *p = mmap(NULL, BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		abort();
+	return (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + BLOCK };
+}
+
+/* One lock thread serves all cases: it never ends. */
+static void begin(void)
+{
+	static bool started;
+	pthread_t thread;
+
+	if (!started) {
+		started = true;
+		locker_init(&locker, note, NULL);
+		headroom_open(&locker.headroom);
+		CHECK_EQ(locker_set(&locker, &(struct wish){ .lock_ram_size = MIB }, text), -EAGAIN);
+		locker_query(&locker, &status);
+		CHECK_EQ(status.state, LOCKER_WAITING);
+		if (pthread_create(&thread, NULL, locker_run, &locker))
+			abort();
+	}
+	layout.n = BLOCKS;
+	for (size_t i = 0; i < BLOCKS; i++) {
+		layout.v[i] = (struct ram_block){ .id = "ram", .page_size = 4096, .host = map_block() };
+	}
+	layout_finish(&layout);
+	locker_set_layout(&locker, &layout);
+}
+
+static void end(void)
+{
+	CHECK_EQ(locker_set(&locker, &(struct wish){ .prefault = true }, text), 0);
+	for (size_t i = 0; i < BLOCKS; i++) {
+		locker_remove(&locker, layout.v[i].host);
+		munmap((void *)(uintptr_t)layout.v[i].host.start, BLOCK);
+	}
+}
+
+static int64_t vm_locked(void)
+{
+	return headroom_vm_locked(&locker.headroom);
+}
+
+static void wait_idle(void)
+{
+	time_t deadline = time(NULL) + DEADLINE_S;
+
+	do {
+		usleep(1000);
+		locker_query(&locker, &status);
+	} while (status.state != LOCKER_IDLE && status.state != LOCKER_SHORT && time(NULL) < deadline);
+	CHECK_EQ(status.state, LOCKER_IDLE);
+}
+
+static void set(uint64_t size, enum order order, bool prefault)
+{
+	struct wish w = { .lock_ram_size = size, .order = order, .prefault = prefault };
+
+	CHECK_EQ(locker_set(&locker, &w, text), 0);
+}
+
+static uint64_t resident(void)
+{
+	static unsigned char vec[BLOCK / 4096];
+	uint64_t sum = 0;
+
+	for (size_t i = 0; i < layout.n; i++) {
+		CHECK_EQ(mincore((void *)(uintptr_t)layout.v[i].host.start, BLOCK, vec), 0);
+		for (size_t j = 0; j < sizeof(vec); j++)
+			sum += (vec[j] & 1) * 4096U;
+	}
+	return sum;
+}
+
+static void up_and_down_exactly(void)
+{
+	static const uint64_t sizes[] = { 1, 4096, 10 * MIB + 1, 100 * MIB, 128 * MIB, 70 * MIB - 5, 4096, 0 };
+
+	begin();
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+		uint64_t want = (sizes[i] + 4095) / 4096 * 4096;
+
+		set(sizes[i], i % 2 ? ORDER_ADDRESS : ORDER_RESIDENT, true);
+		wait_idle();
+		CHECK_EQ(status.locked, want);
+		CHECK_EQ(status.armed, want);
+		CHECK_EQ(vm_locked(), want);
+		CHECK(resident() >= want);
+		CHECK_EQ(status.foreign, 0);
+	}
+	end();
+}
+
+static void resident_pages_cost_nothing(void)
+{
+	char *p;
+
+	begin();
+	p = (char *)(uintptr_t)layout.v[1].host.start;
+	memset(p + 20 * MIB, 1, 30 * MIB);
+	set(30 * MIB, ORDER_RESIDENT, true);
+	wait_idle();
+	CHECK_EQ(vm_locked(), 30 * MIB);
+	CHECK_EQ(resident(), 30 * MIB);
+	end();
+}
+
+static void on_fault_locks_what_is_touched(void)
+{
+	char *p;
+
+	begin();
+	set(64 * MIB, ORDER_ADDRESS, false);
+	wait_idle();
+	CHECK_EQ(status.armed, 64 * MIB);
+	CHECK_EQ(status.locked, 0);
+	CHECK_EQ(resident(), 0);
+	p = (char *)(uintptr_t)layout.v[0].host.start;
+	memset(p + 5 * MIB, 1, 3 * MIB);
+	locker_query(&locker, &status);
+	CHECK_EQ(status.locked, 3 * MIB);
+	/* Asking for prefault populates what is armed. */
+	set(64 * MIB, ORDER_ADDRESS, true);
+	wait_idle();
+	CHECK_EQ(status.locked, 64 * MIB);
+	CHECK_EQ(resident(), 64 * MIB);
+	end();
+}
+
+static void the_last_of_many_wishes_counts(void)
+{
+	uint64_t last = 0;
+
+	begin();
+	srand(4);
+	for (int i = 0; i < 1000; i++) {
+		last = (uint64_t)rand() % (BLOCKS * BLOCK);
+		set(last, rand() % 2 ? ORDER_ADDRESS : ORDER_RESIDENT, rand() % 4 != 0);
+		if (i % 3 == 0)
+			usleep((unsigned int)rand() % 3000);
+	}
+	set(last, ORDER_RESIDENT, true);
+	wait_idle();
+	CHECK_EQ(status.locked, (last + 4095) / 4096 * 4096);
+	CHECK_EQ(vm_locked(), status.locked);
+	CHECK(status.extents <= PLAN_EXTENTS_MAX + BLOCKS);
+	end();
+	wait_idle();
+	CHECK_EQ(vm_locked(), 0);
+}
+
+static void a_scattered_guest_stays_in_few_extents(void)
+{
+	char *p;
+
+	begin();
+	p = (char *)(uintptr_t)layout.v[0].host.start;
+	for (size_t at = 0; at < BLOCK; at += 8192)
+		p[at] = 1;
+	for (uint64_t size = 4 * MIB; size < 100 * MIB; size += 13 * MIB) {
+		set(size, ORDER_RESIDENT, true);
+		wait_idle();
+		CHECK_EQ(vm_locked(), size);
+		CHECK(status.extents <= PLAN_EXTENTS_MAX + BLOCKS);
+	}
+	end();
+}
+
+static void locks_of_others_are_left_alone(void)
+{
+	char *p;
+
+	begin();
+	p = (char *)(uintptr_t)layout.v[0].host.start;
+	CHECK_EQ(syscall(SYS_mlock, p, 16 * MIB), 0);
+	locker_query(&locker, &status);
+	CHECK_EQ(status.foreign, 16 * MIB);
+	set(24 * MIB, ORDER_ADDRESS, true);
+	wait_idle();
+	CHECK_EQ(status.locked, 24 * MIB);
+	CHECK_EQ(vm_locked(), 24 * MIB);
+	set(0, ORDER_ADDRESS, true);
+	wait_idle();
+	CHECK_EQ(status.locked, 0);
+	CHECK_EQ(vm_locked(), 16 * MIB);
+	CHECK_EQ(syscall(SYS_munlock, p, 16 * MIB), 0);
+	end();
+}
+
+static void an_unplugged_block_moves_the_guarantee(void)
+{
+	struct range gone;
+
+	begin();
+	set(40 * MIB, ORDER_ADDRESS, true);
+	wait_idle();
+	CHECK_EQ(extents_overlap(&locker.held, layout.v[0].host), 40 * MIB);
+	gone = layout.v[0].host;
+	locker_remove(&locker, gone);
+	CHECK_EQ(munmap((void *)(uintptr_t)gone.start, BLOCK), 0);
+	wait_idle();
+	CHECK_EQ(status.locked, 40 * MIB);
+	CHECK_EQ(extents_overlap(&locker.held, layout.v[1].host), 40 * MIB);
+	CHECK_EQ(status.ram, BLOCK);
+	CHECK_EQ(vm_locked(), 40 * MIB);
+	set(0, ORDER_ADDRESS, true);
+	wait_idle();
+	locker_remove(&locker, layout.v[1].host);
+	munmap((void *)(uintptr_t)layout.v[1].host.start, BLOCK);
+}
+
+static void all_follows_the_layout(void)
+{
+	struct wish w = { .all = true, .prefault = true };
+	struct ram_layout small;
+
+	begin();
+	small = layout;
+	small.n = 1;
+	layout_finish(&small);
+	locker_set_layout(&locker, &small);
+	CHECK_EQ(locker_set(&locker, &w, text), 0);
+	wait_idle();
+	CHECK_EQ(status.locked, BLOCK);
+	locker_set_layout(&locker, &layout);
+	wait_idle();
+	CHECK_EQ(status.requested, 2 * BLOCK);
+	CHECK_EQ(vm_locked(), 2 * BLOCK);
+	end();
+}
+
+static void too_much_is_refused_and_the_former_wish_stays(void)
+{
+	begin();
+	set(8 * MIB, ORDER_ADDRESS, true);
+	wait_idle();
+	CHECK_EQ(locker_set(&locker, &(struct wish){ .lock_ram_size = 2 * BLOCK + 1 }, text), -ERANGE);
+	CHECK_CONTAINS(text, "above guest RAM");
+	CHECK_EQ(locker_set(&locker, &(struct wish){ .lock_ram_size = UINT64_MAX }, text), -ERANGE);
+	locker_query(&locker, &status);
+	CHECK_EQ(status.requested, 8 * MIB);
+	CHECK_EQ(status.locked, 8 * MIB);
+	CHECK_EQ(vm_locked(), 8 * MIB);
+	end();
+}
+
+CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on_fault_locks_what_is_touched),
+	   CASE(the_last_of_many_wishes_counts), CASE(a_scattered_guest_stays_in_few_extents),
+	   CASE(locks_of_others_are_left_alone), CASE(an_unplugged_block_moves_the_guarantee),
+	   CASE(all_follows_the_layout), CASE(too_much_is_refused_and_the_former_wish_stays))
