@@ -123,7 +123,8 @@ class Guest:
         self._boot = boot
         self.command = [
             *self._launcher(ramlock, prepare),
-            *(qemu, "-accel", accel, "-machine", machine, "-m", f"{memory // MIB}M"),
+            *(qemu, "-accel", accel, "-machine", machine),
+            *(("-m", f"{memory // MIB}M") if memory else ()),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-qmp", f"unix:{self.directory}/qmp,server=on,wait=off", "-pidfile", f"{self.directory}/pid"),
             *(self._kernel(append) if boot else ()),

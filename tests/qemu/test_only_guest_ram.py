@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.qemu import truth
@@ -35,8 +37,10 @@ def test_hotplugged_memory_is_guest_ram() -> None:
             guest.settle()
             guest.monitor.human("object_add memory-backend-ram,id=dimm,size=128M")
             guest.monitor.human("device_add pc-dimm,id=d0,memdev=dimm")
-            shim.execute("set_ram_minguarantee", {"all": True})
-            reply = guest.settle()
+            deadline = time.monotonic() + 30
+            while (reply := shim.execute("query-ram-minguarantee"))["locked"] != 384 * MIB:
+                assert time.monotonic() < deadline, reply
+                time.sleep(0.05)
         assert reply["ram"] == 384 * MIB
         assert {block["id"] for block in reply["blocks"]} == {"pc.ram", "dimm"}
         held = truth.locked(guest.pid)

@@ -88,6 +88,15 @@ def vm_lck(pid: int) -> int:
     return int(status(pid, "VmLck").removesuffix(" kB")) * KIB
 
 
+def memlock_limit(pid: int) -> float:
+    """RLIMIT_MEMLOCK of a process, in bytes; infinite when there is none."""
+    for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+        if line.startswith("Max locked memory"):
+            soft = line.split()[3]
+            return float("inf") if soft == "unlimited" else int(soft)
+    raise KeyError("Max locked memory")
+
+
 def join(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """The same addresses in as few ranges as possible: locking splits mappings."""
     joined: list[Range] = []

@@ -1,0 +1,82 @@
+"""The Makefile keeps its promises: explained, quick when there is nothing to do, honest about what is missing."""
+
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make(*words: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Runs make as from a shell, though these tests are run by make themselves."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(
+        ["make", "-C", str(ROOT), *words], env=env, capture_output=True, text=True, timeout=timeout, check=True
+    )
+
+
+def test_help_explains_every_target() -> None:
+    said = make("help").stdout
+    for target in ("all", "bench", "clean", "demo", "deps", "distclean", "guest", "install", "lint", "shim", "stress"):
+        assert re.search(rf"^  {target} +\S", said, re.MULTILINE), target
+    assert re.search(r"^  test +\S", said, re.MULTILINE)
+
+
+def test_nothing_is_done_twice() -> None:
+    make()
+    shim = ROOT / "injector/ramlock/ramlock.so"
+    before = shim.stat().st_mtime_ns
+    again = make()
+    assert "gcc" not in again.stdout
+    assert "installing" not in again.stdout + again.stderr
+    assert shim.stat().st_mtime_ns == before
+
+
+def test_install_works_where_it_is_put(tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix"
+    make("install", f"PREFIX={prefix}")
+    command = prefix / "bin/ramlock"
+    assert (prefix / "lib/ramlock/ramlock.so").is_file()
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    said = subprocess.run([str(command), "--version"], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert "ramlock" in said.stdout
+    # It finds its own shim: what it starts has it.
+    look = ["sh", "-c", 'exec "$0" run -- qemu-system-x86_64 -version', str(command)]
+    assert "QEMU" in subprocess.run(look, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_install_for_packagers(tmp_path: Path) -> None:
+    make("install", f"DESTDIR={tmp_path}", "PREFIX=/opt/ramlock")
+    assert (tmp_path / "opt/ramlock/lib/ramlock/ramlock.so").is_file()
+    launcher = (tmp_path / "opt/ramlock/bin/ramlock").read_text()
+    assert str(tmp_path) not in launcher
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    """On a machine without apt it says what to install, and stops."""
+    for tool in ("bash", "grep", "env", "id", "cat", "gcc", "make", "pkg-config", "ldd"):
+        if place := shutil.which(tool):
+            (tmp_path / tool).symlink_to(place)
+    result = subprocess.run(
+        [str(ROOT / ".ci/deps"), "all"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    for package in ("qemu-system-x86", "socat", "busybox-static", "cpio"):
+        assert package in result.stderr
+
+
+@pytest.mark.parametrize("script", [".ci/deps", ".ci/run", "tests/guest/build"])
+def test_scripts_parse(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True, timeout=60)
