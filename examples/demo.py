@@ -48,7 +48,7 @@ def step(text: str) -> None:
 
 def typed(*words: str) -> None:
     """A command line, as one would type it."""
-    console.print(Text("$ ", style="dim") + Text(" ".join(words), style="bold cyan"))
+    console.print(Text.assemble(("$ ", "dim"), (" ".join(words), "bold cyan")))
 
 
 def ramlock(*words: str) -> None:
@@ -160,7 +160,7 @@ def show(guest: Guest, name: str, booted: float) -> None:
         ramlock("set", "256M", "--vm", name)
         compare(guest, 256 * MIB)
 
-        step("A change of mind in mid-flight: 1.5 GiB, no, 512 MiB")
+        step("A change of mind in mid-flight: 1.75 GiB; no, 512 MiB")
         retarget(guest, name)
 
     step("And the guest?")
