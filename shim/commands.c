@@ -63,6 +63,7 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 	json_object_object_get_ex(arguments, "order", &order);
 	json_object_object_get_ex(arguments, "prefault", &prefault);
 
+	c->look_now(c->opaque);
 	locker_query(c->locker, &c->status);
 	wish = c->status.wish;
 	wish.all = all && json_object_get_boolean(all);
@@ -129,6 +130,7 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	struct json_object *o = json_object_new_object(), *blocks = json_object_new_array();
 
 	(void)arguments;
+	c->look_now(c->opaque);
 	locker_query(c->locker, s);
 	add_size(o, "requested", s->requested);
 	add_bool(o, "all", s->wish.all);
@@ -169,6 +171,7 @@ static void query_ram_blocks(struct commands *c, struct json_object *arguments, 
 	struct json_object *blocks = json_object_new_array();
 
 	(void)arguments;
+	c->look_now(c->opaque);
 	locker_query(c->locker, &c->status);
 	for (size_t i = 0; i < c->status.n_blocks; i++) {
 		struct json_object *block = block_object(&c->status.blocks[i].block);

@@ -10,6 +10,8 @@ struct json_object;
 
 struct commands {
 	struct locker *locker;
+	void (*look_now)(void *opaque); /* brings what is known of guest RAM up to date */
+	void *opaque;
 	bool symbols; /* this QEMU exports what is needed to find guest RAM */
 	char launch_error[SHORT_TEXT]; /* why the guarantee of the launch was not set; empty: none was refused */
 	struct locker_status status; /* scratch: too large for a thread's stack */

@@ -707,6 +707,20 @@ static int check_wish(const struct locker *l, const struct wish *w, uint64_t lim
 	return 0;
 }
 
+/* Says at once what the thread will find when it wakes: a query right after a change must not read "idle". */
+static void expect_work(struct locker *l)
+{
+	uint64_t want = target(l);
+
+	if (!l->known)
+		return;
+	if (l->held.total < want || (l->held.total == want && l->wish.prefault && l->on_fault.total))
+		l->state = LOCKER_LOCKING;
+	else if (l->held.total > want)
+		l->state = LOCKER_UNLOCKING;
+	pthread_cond_signal(&l->wake);
+}
+
 static void accept_wish(struct locker *l, const struct wish *w)
 {
 	l->wish = *w;
@@ -716,7 +730,7 @@ static void accept_wish(struct locker *l, const struct wish *w)
 	l->ended_ns = 0;
 	l->done_bytes = 0;
 	l->retry_ns = RETRY_MIN_NS;
-	pthread_cond_signal(&l->wake);
+	expect_work(l);
 }
 
 int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
@@ -766,7 +780,7 @@ void locker_set_layout(struct locker *l, const struct ram_layout *layout)
 		keep_layout(&l->on_fault, layout);
 		if (l->held.total != held)
 			history_rebuild(l);
-		pthread_cond_signal(&l->wake);
+		expect_work(l);
 	}
 	pthread_mutex_unlock(&l->mutex);
 }
@@ -800,7 +814,7 @@ void locker_remove(struct locker *l, struct range gone)
 		extents_remove(&l->foreign, gone);
 		extents_remove(&l->on_fault, gone);
 		history_rebuild(l);
-		pthread_cond_signal(&l->wake);
+		expect_work(l);
 		while (overlap(l->in_flight, gone))
 			if (wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
 				break;

@@ -134,7 +134,7 @@ static uint64_t append(struct plan *p, const struct ram_layout *l, struct range 
 int plan_resident(struct plan *p, const struct ram_layout *l, const struct extents *locked, uint64_t need,
 		  plan_residency_fn *residency, void *opaque)
 {
-	struct range found[PLAN_EXTENTS_MAX];
+	struct range found[PLAN_EXTENTS_MAX] = { { 0, 0 } };
 	struct longest h = { .v = found, .max = locked->n < PLAN_EXTENTS_MAX ? PLAN_EXTENTS_MAX - locked->n : 0 };
 
 	plan_clear(p);

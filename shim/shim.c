@@ -45,15 +45,8 @@ enum {
 	/* Until the machine is complete; with -preconfig that is for the operator to say. */
 	LOOK_AGAIN_MIN_MS = 20,
 	LOOK_AGAIN_MAX_MS = 1000,
+	LOOK_NOW_MS = 100, /* the longest that a command waits for QEMU's main loop */
 	STACK_BYTES = 256 << 10, /* with -overcommit mem-lock=on all of it gets locked */
-};
-
-/* How far the listing of guest RAM is. */
-enum walk {
-	WALK_NONE, /* QEMU's main loop does not exist yet */
-	WALK_DUE, /* schedule a bottom half, after a pause */
-	WALK_SCHEDULED,
-	WALK_DONE, /* and current */
 };
 
 static struct shim {
@@ -66,9 +59,13 @@ static struct shim {
 	pthread_mutex_t binding; /* so that a process that exits at once leaves no socket behind */
 	bool leaving; /* the process exits: bind nothing more */
 	atomic_bool active; /* this process is a QEMU that we serve */
-	atomic_int walk; /* enum walk */
 	bool watching; /* QEMU tells us about changes of RAM; main thread only */
-	bool launched; /* the guarantee of the launch was set */
+	bool launched; /* the guarantee of the launch was set; control thread only */
+	atomic_bool dirty; /* guest RAM should be looked at again */
+	atomic_bool scheduled; /* a bottom half that looks is on its way */
+	atomic_bool known; /* guest RAM was listed */
+	pthread_mutex_t looking; /* with `looked`: for waiting until a look has ended */
+	pthread_cond_t looked;
 	unsigned int forks; /* since enter() */
 } shim;
 
@@ -89,7 +86,7 @@ static void ram_changed(void *opaque)
 {
 	struct shim *s = opaque;
 
-	atomic_store(&s->walk, WALK_DUE);
+	atomic_store(&s->dirty, true);
 	control_poke(&s->control);
 }
 
@@ -100,6 +97,7 @@ static void ram_removed(void *opaque, struct range gone)
 	locker_remove(&s->locker, gone);
 }
 
+/* The bottom half: lists guest RAM, if the machine is complete. */
 static void look(void *opaque)
 {
 	static struct ram_layout layout;
@@ -107,15 +105,20 @@ static void look(void *opaque)
 	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
 
 	if (!qemu_machine_ready()) {
-		ram_changed(s);
-		return;
+		atomic_store(&s->dirty, true);
+	} else {
+		if (!s->watching)
+			s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
+		atomic_store(&s->dirty, false);
+		if (qemu_walk(&layout))
+			warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
+		locker_set_layout(&s->locker, &layout);
+		atomic_store(&s->known, true);
 	}
-	if (!s->watching)
-		s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
-	atomic_store(&s->walk, WALK_DONE);
-	if (qemu_walk(&layout))
-		warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
-	locker_set_layout(&s->locker, &layout);
+	pthread_mutex_lock(&s->looking);
+	atomic_store(&s->scheduled, false);
+	pthread_cond_signal(&s->looked);
+	pthread_mutex_unlock(&s->looking);
 	control_poke(&s->control);
 }
 
@@ -156,45 +159,75 @@ static int64_t now_ms(void)
 	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
+static void schedule_look(struct shim *s)
+{
+	if (!atomic_exchange(&s->scheduled, true))
+		qemu_schedule(look, s);
+}
+
+/*
+ * Looks at guest RAM before a command that depends on it: QEMU tells of RAM blocks that come and go, but not of a memory
+ * backend that is plugged or unplugged as a DIMM. A main loop that is busy is not waited for: what was known must do.
+ */
+static void look_now(void *opaque)
+{
+	struct shim *s = opaque;
+	struct timespec deadline;
+
+	if (!atomic_load(&s->known))
+		return;
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	deadline.tv_nsec += LOOK_NOW_MS * 1000000;
+	if (deadline.tv_nsec >= 1000000000) {
+		deadline.tv_sec++;
+		deadline.tv_nsec -= 1000000000;
+	}
+	schedule_look(s);
+	pthread_mutex_lock(&s->looking);
+	while (atomic_load(&s->scheduled))
+		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline))
+			break;
+	pthread_mutex_unlock(&s->looking);
+}
+
 /* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. */
 static int find_ram(struct shim *s)
 {
+	static bool begun;
 	static unsigned int polls, pause_ms = LOOK_AGAIN_MIN_MS;
-	static int64_t look_at_ms; /* 0: not decided */
-	int due = WALK_DUE;
+	static int64_t look_at_ms; /* when to look again; 0: not decided */
+	int64_t now = now_ms();
 
 	if (!s->qemu.symbols) {
 		if (!s->qemu.daemonizes || s->forks >= 2)
 			control_listen(&s->control);
 		return -1;
 	}
-	switch ((enum walk)atomic_load(&s->walk)) {
-	case WALK_NONE:
+	if (!begun) {
 		if (!qemu_has_main_loop())
 			return polls++ < POLL_FAST_TIMES ? POLL_FAST_MS : POLL_SLOW_MS;
+		begun = true;
 		control_listen(&s->control);
-		atomic_store(&s->walk, WALK_SCHEDULED);
-		qemu_schedule(look, s);
+		schedule_look(s);
 		return -1;
-	case WALK_DUE:
-		/* The pause lets QEMU go on, and gathers the changes that come together. */
-		if (!look_at_ms)
-			look_at_ms = now_ms() + pause_ms;
-		if (now_ms() < look_at_ms)
-			return (int)(look_at_ms - now_ms()) + 1;
-		look_at_ms = 0;
-		pause_ms = pause_ms * 2 < LOOK_AGAIN_MAX_MS ? pause_ms * 2 : LOOK_AGAIN_MAX_MS;
-		if (atomic_compare_exchange_strong(&s->walk, &due, WALK_SCHEDULED))
-			qemu_schedule(look, s);
-		return -1;
-	case WALK_SCHEDULED:
-		return -1;
-	case WALK_DONE:
+	}
+	if (atomic_load(&s->known)) {
 		pause_ms = LOOK_AGAIN_MIN_MS;
 		if (!s->launched)
 			launch_guarantee(s);
-		break;
 	}
+	if (!atomic_load(&s->dirty)) {
+		look_at_ms = 0;
+		return -1;
+	}
+	/* The pause lets QEMU go on, and gathers the changes that come together. */
+	if (!look_at_ms)
+		look_at_ms = now + pause_ms;
+	if (now < look_at_ms)
+		return (int)(look_at_ms - now);
+	look_at_ms = 0;
+	pause_ms = pause_ms * 2 < LOOK_AGAIN_MAX_MS ? pause_ms * 2 : LOOK_AGAIN_MAX_MS;
+	schedule_look(s);
 	return -1;
 }
 
@@ -243,13 +276,21 @@ static void *control_run(void *arg)
 
 static void start(struct shim *s)
 {
+	pthread_condattr_t attr;
 	int err;
 
 	pthread_mutex_init(&s->binding, NULL);
+	pthread_mutex_init(&s->looking, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&s->looked, &attr);
+	pthread_condattr_destroy(&attr);
 	locker_init(&s->locker, locker_news, s);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;
+	s->commands.look_now = look_now;
+	s->commands.opaque = s;
 	s->server = (struct qmp_server){ commands_run, &s->commands };
 	err = control_init(&s->control, &s->config, &s->server);
 	if (!err)
