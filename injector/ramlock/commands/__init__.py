@@ -98,7 +98,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would stumble over the rest of it on the way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 1
     except Exception as error:  # noqa: BLE001 whatever it is, the user gets two lines and not a traceback
         if os.environ.get("RAMLOCK_DEBUG"):
             import traceback  # loads much that no other command needs

@@ -1,0 +1,298 @@
+"""The command line: output, exit codes, two lines for every failure."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import fcntl
+import importlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ramlock import __version__, commands
+from ramlock.commands import status
+from ramlock.reply import parse
+from tests.unit.conftest import Serve, Shim, reply
+
+GIB = 1 << 30
+RAMLOCK = [sys.executable, "-m", "ramlock"]
+
+
+class Result:
+    """What a command did."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def failed(self, code: int, *says: str) -> None:
+        """It failed so, and said so in two lines."""
+        assert self.code == code, self.err
+        what, hint = self.err.splitlines()
+        assert what.startswith("ramlock: ")
+        assert hint.startswith("hint: ")
+        for text in says:
+            assert text in self.err
+
+
+class Run:
+    """Runs the command line in this process."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+
+    def __call__(self, *words: object) -> Result:
+        self.capfd.readouterr()
+        code = commands._run([str(word) for word in words])
+        return Result(code, *self.capfd.readouterr())
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    return Run(capfd)
+
+
+def test_help_and_version(run: Run) -> None:
+    result = run("--help")
+    assert result.code == 0
+    assert "ramlock set 3G --vm web" in result.out
+    assert run("--version").out == f"ramlock {__version__}\n"
+    nothing = run()
+    assert nothing.code == 2
+    assert nothing.out == ""
+    assert "Usage:" in nothing.err
+
+
+@pytest.mark.parametrize("verb", commands.VERBS)
+def test_every_verb_has_the_help_that_the_list_says(run: Run, verb: str) -> None:
+    module = importlib.import_module(f"ramlock.commands.{verb}")
+    assert module.command.help.splitlines()[0] == commands.VERBS[verb]
+    result = run(verb, "--help")
+    assert result.code == 0
+    assert f"ramlock {verb} " in result.out
+
+
+def test_every_module_is_a_verb() -> None:
+    modules = {path.stem for path in Path(commands.__path__[0]).glob("*.py")}
+    assert modules == {*commands.VERBS, "__init__", "common"}
+
+
+def test_help_loads_no_verb() -> None:
+    code = (
+        "import sys; from ramlock import commands; commands._run(['--help'])\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('rich', 'elftools', 'asyncio')])\n"
+        "print([name for name in sys.modules if name.startswith('ramlock.commands.')])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.splitlines()[-2:] == ["[]", "[]"]
+
+
+def test_status_loads_neither_rich_nor_elftools(serve: Serve) -> None:
+    code = (
+        "import sys; from ramlock import commands; commands._run(['status', '--socket', sys.argv[1]])\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('rich', 'elftools', 'asyncio')])\n"
+    )
+    command = [sys.executable, "-c", code, str(serve(Shim()))]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["set"],
+        ["set", "1G"],
+        ["set", "1G", "--pid", "1", "--vm", "x"],
+        ["set", "-1", "--pid", "1"],
+        ["set", "--pid", "1", "--", "-1"],
+        ["set", "--pid", "1", "--", "abc"],
+        ["set", "--pid", "1", "10" * 30],
+        ["set", "1G", "--pid", "0"],
+        ["set", "1G", "--pid", "-5"],
+        ["set", "1G", "--pid", "99999999999"],
+        ["set", "1G", "--pid", "x"],
+        ["set", "1G", "--pid", "1", "--timeout", "0"],
+        ["set", "1G", "--pid", "1", "--timeout", "-1"],
+        ["set", "1G", "--pid", "1", "--timeout", "nan"],
+        ["set", "1G", "--pid", "1", "--timeout", "inf"],
+        ["set", "1G", "--pid", "1", "--order", "random"],
+        ["status"],
+        ["status", "--json"],
+        ["status", "surplus", "--pid", "1"],
+        ["run"],
+    ],
+    ids=" ".join,
+)
+def test_usage(run: Run, words: list[str]) -> None:
+    run(*words).failed(2)
+
+
+def test_not_found(run: Run, tmp_path: Path) -> None:
+    run("status", "--vm", "no-such-vm\x1b[2J").failed(6, "no-such-vm\\x1b[2J")
+    run("status", "--pid", os.getpid()).failed(6)
+    run("status", "--pid", 2**31 - 1).failed(6)
+    run("set", "1G", "--socket", tmp_path / "nothing").failed(6)
+
+
+def test_status_for_programs(run: Run, serve: Serve) -> None:
+    raw = reply(requested=GIB, new_member=[1, {"a": None}])
+    result = run("status", "--socket", serve(Shim(raw)), "--json")
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out) == raw
+    assert result.out.count("\n") == 1
+
+
+def test_status_for_people(run: Run, serve: Serve) -> None:
+    result = run("status", "--socket", serve(Shim(reply(requested=GIB, locked=GIB // 2, state="locking", eta_s=3))))
+    assert (result.code, result.err) == (0, "")
+    assert "1 GiB of 2 GiB guest RAM" in result.out
+    assert "512 MiB" in result.out
+    assert "50 %" in result.out
+    assert "3 s left" in result.out
+    assert "pc.ram" in result.out
+    assert "\x1b" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "nothing guaranteed"),
+        ({"requested": GIB, "locked": GIB}, "held"),
+        ({"requested": GIB, "locked": GIB - 1}, "99 %"),
+        ({"requested": GIB, "all": True}, "1 GiB (all) of 2 GiB"),
+        ({"armed": 4096}, "armed"),
+        ({"foreign": 4096}, "foreign"),
+        ({"memlock_limit": 8 << 20}, "8 MiB (RLIMIT_MEMLOCK)"),
+        ({"state": "unlocking", "rate": GIB}, "unlocking at 1 GiB/s"),
+        ({"state": "short", "short": {"reason": "cgroup", "desc": "full"}}, "short: full"),
+        ({"state": "waiting", "waiting": {"reason": "starting", "desc": ""}}, "waiting: starting"),
+        ({"state": "waiting"}, "waiting"),
+        ({"prefault": False}, "on fault"),
+        ({"blocks": []}, "state"),
+    ],
+    ids=str,
+)
+def test_what_status_says(changes: dict[str, object], says: str) -> None:
+    assert says in "\n".join(status.lines(parse(reply(**changes))))
+
+
+def test_set(run: Run, serve: Serve) -> None:
+    shim = Shim(reply(), reply(generation=1, requested=GIB, state="locking"), reply(generation=1, requested=GIB))
+    result = run("set", "50%", "--socket", serve(shim), "--order", "address", "--no-prefault")
+    assert result.code == 0
+    assert "1 GiB guaranteed" in result.out
+    assert result.err == ""
+    assert shim.arguments() == {"size": GIB, "order": "address", "prefault": False}
+
+
+def test_set_for_programs(run: Run, serve: Serve) -> None:
+    end = reply(generation=1, requested=GIB, locked=GIB)
+    result = run("set", "1G", "--socket", serve(Shim(reply(), end)), "--json")
+    assert (result.code, json.loads(result.out)) == (0, end)
+
+
+def test_set_without_waiting(run: Run, serve: Serve) -> None:
+    shim = Shim(reply(), reply(generation=1, requested=GIB, state="locking"))
+    assert run("set", "1G", "--socket", serve(shim), "--no-wait").code == 0
+    assert [seen["execute"] for seen in shim.seen[-2:]] == ["set_ram_minguarantee", "query-ram-minguarantee"]
+
+
+def test_set_that_stays_short_says_so_and_still_prints_the_reply(run: Run, serve: Serve) -> None:
+    short = reply(generation=1, requested=GIB, state="short", short={"reason": "cgroup", "desc": "the cgroup is full"})
+    result = run("set", "1G", "--socket", serve(Shim(reply(), short)), "--json")
+    result.failed(5, "the cgroup is full")
+    assert json.loads(result.out) == short
+
+
+def test_set_that_times_out(run: Run, serve: Serve) -> None:
+    locking = reply(generation=1, requested=GIB, state="locking")
+    result = run("set", "1G", "--socket", serve(Shim(reply(), locking)), "--json", "--timeout", "0.3")
+    result.failed(3, "the guarantee stays set")
+    assert json.loads(result.out) == locking
+
+
+def test_set_that_is_refused(run: Run, serve: Serve) -> None:
+    run("set", "4G", "--socket", serve(Shim(refuse="[range] x"))).failed(4, "4 GiB", "2 GiB")
+
+
+def test_interrupted(serve: Serve) -> None:
+    shim = Shim(reply(), reply(generation=1, requested=GIB, state="locking"))
+    path = serve(shim)
+    process = subprocess.Popen(
+        [*RAMLOCK, "set", "1G", "--socket", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 30
+    while len(shim.seen) < 5 and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    Result(process.returncode, out, err).failed(130, "the guarantee stays at 1 GiB")
+
+
+def test_a_reader_that_has_seen_enough(serve: Serve) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [*RAMLOCK, "status", "--socket", str(serve(Shim()))]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_a_full_disk(serve: Serve) -> None:
+    command = [*RAMLOCK, "status", "--socket", str(serve(Shim()))]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    Result(result.returncode, "", result.stderr).failed(1, "No space left")
+
+
+def test_a_fault_of_our_own(run: Run, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(now: object) -> list[str]:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(status, "lines", broken)
+    path = serve(Shim())
+    run("status", "--socket", path).failed(1, "unexpected ZeroDivisionError: oops", "RAMLOCK_DEBUG")
+    monkeypatch.setenv("RAMLOCK_DEBUG", "1")
+    assert "Traceback" in run("status", "--socket", path).err
+
+
+def on_a_terminal(words: list[str], **environ: str) -> str:
+    """What a command writes when stdout and stderr are a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, 0x5414, b"\x18\x00\x64\x00\x00\x00\x00\x00")  # TIOCSWINSZ: 24 lines of 100
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+        process = subprocess.Popen(
+            [*RAMLOCK, *words], stdout=theirs, stderr=theirs, env={**clean, "TERM": "xterm", **environ}
+        )
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := screen.read(65536):
+                shown += data
+        except OSError:
+            pass  # a terminal that nobody has open any more
+        process.wait(60)
+    return shown.decode()
+
+
+def test_colours_only_when_wanted(serve: Serve) -> None:
+    path = str(serve(Shim()))
+    assert "\x1b[" in on_a_terminal(["status", "--socket", path])
+    assert "\x1b[" not in on_a_terminal(["status", "--socket", path], NO_COLOR="1")
+    assert "\x1b[" in on_a_terminal(["status", "--socket", path + "x"])
+    assert "\x1b[" not in on_a_terminal(["status", "--socket", path + "x"], NO_COLOR="1")
+
+
+def test_a_bar_on_a_terminal(serve: Serve) -> None:
+    steps = [reply(generation=1, requested=GIB, state="locking", locked=share * GIB // 4) for share in range(4)]
+    shim = Shim(reply(), *steps, reply(generation=1, requested=GIB, locked=GIB), events=("SOMETHING",) * 4)
+    shown = on_a_terminal(["set", "1G", "--socket", str(serve(shim))])
+    assert "512 MiB of 1 GiB" in shown
+    assert "━" in shown
+    assert "1 GiB guaranteed, 1 GiB locked" in shown
