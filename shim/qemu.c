@@ -87,7 +87,7 @@ static bool named_like_qemu(void)
 /* Whether the command line has @option, with one dash or two. */
 static bool has_option(const char *option)
 {
-	char arg[4096];
+	char arg[4096] = "";
 	FILE *f = fopen("/proc/self/cmdline", "re");
 	bool found = false;
 	size_t n = 0;
