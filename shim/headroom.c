@@ -39,9 +39,22 @@ const char *shortage_name(enum shortage s)
 	return shortage_names[s];
 }
 
-static int open_file(const char *path)
+enum { PATH_SIZE = 2 * PATH_MAX };
+
+static int open_file(const char *dir, const char *name)
 {
+	char path[PATH_SIZE];
+
+	if ((size_t)snprintf(path, sizeof(path), "%s/%s", dir, name) >= sizeof(path))
+		return -1;
 	return fd_above_stdio(open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY));
+}
+
+static bool exists(const char *dir, const char *name)
+{
+	char path[PATH_SIZE];
+
+	return (size_t)snprintf(path, sizeof(path), "%s/%s", dir, name) < sizeof(path) && !access(path, F_OK);
 }
 
 /* Reads a whole small file from its start. Returns 0 or -errno. */
@@ -81,22 +94,14 @@ static int find_value(const char *text, const char *key, int base, uint64_t *out
 	return -ENOENT;
 }
 
-static int open_in(const char *dir, const char *name)
-{
-	char path[PATH_MAX + 64];
-
-	snprintf(path, sizeof(path), "%s/%s", dir, name);
-	return open_file(path);
-}
-
 /* Opens the files of one cgroup directory. Returns false when it has no memory controller. */
 static bool open_level(struct cgroup_level *level, const char *dir, bool v1)
 {
-	level->limit = open_in(dir, v1 ? "memory.limit_in_bytes" : "memory.max");
+	level->limit = open_file(dir, v1 ? "memory.limit_in_bytes" : "memory.max");
 	if (level->limit < 0)
 		return false;
-	level->usage = open_in(dir, v1 ? "memory.usage_in_bytes" : "memory.current");
-	level->stat = open_in(dir, "memory.stat");
+	level->usage = open_file(dir, v1 ? "memory.usage_in_bytes" : "memory.current");
+	level->stat = open_file(dir, "memory.stat");
 	level->v1 = v1;
 	return true;
 }
@@ -105,11 +110,11 @@ static bool open_level(struct cgroup_level *level, const char *dir, bool v1)
 static void open_levels(struct headroom *h, const char *mount, char *path, bool v1)
 {
 	for (;;) {
-		char dir[PATH_MAX];
+		char dir[PATH_SIZE];
 		char *slash;
 
-		snprintf(dir, sizeof(dir), "%s%s", mount, path);
-		if (h->n_levels == CGROUP_DEPTH_MAX) {
+		if (h->n_levels == CGROUP_DEPTH_MAX ||
+		    (size_t)snprintf(dir, sizeof(dir), "%s%s", mount, path) >= sizeof(dir)) {
 			h->cgroups_known = false;
 			return;
 		}
@@ -138,22 +143,17 @@ static bool has_memory(const char *list)
  * /proc/self/cgroup lists "ID:CONTROLLERS:PATH"; v2 is "0::PATH" (cgroups(7)). The mounts are where every distribution
  * puts them; where they are not, limits may exist that we cannot see, and cgroups_known says so.
  */
-static void open_cgroups(struct headroom *h)
+static void open_cgroups(struct headroom *h, const char *root)
 {
-	char text[8192], *line, *next;
-	int fd = open_file("/proc/self/cgroup");
+	char text[8192], mount[PATH_SIZE], *line, *next;
+	int fd = open_file(root, "proc/self/cgroup");
 	int err = read_file(fd, text, sizeof(text));
 	bool found = false;
 
 	fd_close(fd);
-	if (err == -EBADF && !access("/proc/self/status", F_OK)) {
-		h->cgroups_known = true; /* a kernel without cgroups has no limits either */
-		return;
-	}
-	if (err)
-		return;
-	h->cgroups_known = true;
-	for (line = text; line && *line; line = next) {
+	/* A kernel without cgroups has no limits either; without /proc there is no telling. */
+	h->cgroups_known = err ? err == -EBADF && exists(root, "proc/self/status") : true;
+	for (line = err ? NULL : text; line && *line; line = next) {
 		char *controllers, *path;
 
 		next = strchr(line, '\n');
@@ -167,13 +167,15 @@ static void open_cgroups(struct headroom *h)
 		controllers++;
 		if (has_memory(controllers)) {
 			found = true;
-			if (access("/sys/fs/cgroup/memory", X_OK))
+			snprintf(mount, sizeof(mount), "%s/sys/fs/cgroup/memory", root);
+			if (!exists(mount, "memory.limit_in_bytes"))
 				h->cgroups_known = false;
-			open_levels(h, "/sys/fs/cgroup/memory", path, true);
+			open_levels(h, mount, path, true);
 		} else if (!*controllers && !found) {
-			open_levels(h, access("/sys/fs/cgroup/cgroup.controllers", F_OK) ? "/sys/fs/cgroup/unified"
-											  : "/sys/fs/cgroup",
-				    path, false);
+			bool unified = exists(root, "sys/fs/cgroup/cgroup.controllers");
+
+			snprintf(mount, sizeof(mount), "%s/sys/fs/cgroup%s", root, unified ? "" : "/unified");
+			open_levels(h, mount, path, false);
 		}
 	}
 }
@@ -183,11 +185,11 @@ void headroom_init(struct headroom *h)
 	*h = (struct headroom){ .meminfo = -1, .status = -1 };
 }
 
-void headroom_open(struct headroom *h)
+void headroom_open(struct headroom *h, const char *root)
 {
-	h->meminfo = open_file("/proc/meminfo");
-	h->status = open_file("/proc/self/status");
-	open_cgroups(h);
+	h->meminfo = open_file(root, "proc/meminfo");
+	h->status = open_file(root, "proc/self/status");
+	open_cgroups(h, root);
 }
 
 void headroom_deinit(struct headroom *h)

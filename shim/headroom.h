@@ -44,8 +44,11 @@ struct headroom {
 
 void headroom_init(struct headroom *h);
 
-/* Opens what can be opened. Must run in the process (not its parent) whose limits are asked for. */
-void headroom_open(struct headroom *h);
+/*
+ * Opens what can be opened below @root ("" but for tests). Must run in the process (not its parent) whose limits are
+ * asked for.
+ */
+void headroom_open(struct headroom *h, const char *root);
 void headroom_deinit(struct headroom *h);
 
 /* VmLck in bytes, or -errno. */

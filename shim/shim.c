@@ -255,7 +255,7 @@ static void *control_run(void *arg)
 	int err;
 
 	prctl(PR_SET_NAME, "ramlock-ctl");
-	headroom_open(&s->locker.headroom);
+	headroom_open(&s->locker.headroom, "");
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
 		control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
