@@ -6,13 +6,14 @@ cannot lead out of there, and what is connected to must be a socket on which tha
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import errno
+import itertools
 import os
 import socket
 import stat
 import struct
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,18 +42,19 @@ def peer(sock: socket.socket) -> Peer:
 
 
 def candidates(process: procfs.Process, environ: Mapping[str, str] | None) -> list[str]:
-    """List the paths, as the VM sees them, where its shim's socket may be; the likeliest first.
+    """List the paths where the shim's socket of `process` may be; the likeliest first.
 
-    Its environment may be unknown, and its uid may have changed since it was started (-runas).
+    Its environment may be unknown, its uid may have changed since it was started (-runas), and in a pid namespace it
+    knows itself by another pid.
     """
     environ = environ or {}
-    file = f"ramlock/{process.inner_pid}.sock"
-    paths = [environ["RAMLOCK_SOCKET"]] if environ.get("RAMLOCK_SOCKET") else []
-    paths.append(f"/run/{file}")
-    if environ.get("XDG_RUNTIME_DIR"):
-        paths.append(f"{environ['XDG_RUNTIME_DIR']}/{file}")
+    folders = ["/run/ramlock"]
+    if runtime := environ.get("XDG_RUNTIME_DIR"):
+        folders.append(f"{runtime}/ramlock")
     for uid in sorted(set(process.uids) - {0}):
-        paths += [f"/run/user/{uid}/{file}", f"/tmp/ramlock-{uid}/{process.inner_pid}.sock"]  # noqa: S108 the contract
+        folders += [f"/run/user/{uid}/ramlock", f"/tmp/ramlock-{uid}"]  # noqa: S108 the peer behind it is checked
+    paths = [environ.get("RAMLOCK_SOCKET", "")]
+    paths += [f"{folder}/{pid}.sock" for pid in (process.inner_pid, process.pid) for folder in folders]
     return list(dict.fromkeys(path for path in paths if path.startswith("/")))
 
 
@@ -87,30 +89,37 @@ def connect_process(
 ) -> tuple[socket.socket, str]:
     """Connect to the shim in `process`; return the socket and its path.
 
-    Raises NotFound when it has none, NoPermission when we may not, NotOurs when only others listen in its place.
+    A process that sees another root than we do is looked for there, and then here: with -chroot its socket was made
+    before it changed its root. Raises NotFound when it has none, NoPermission when we may not, NotOurs when only others
+    listen in its place.
     """
-    root = None if procfs.same_root(process.pid, proc) else _open_root(process.pid, proc)
     trouble: list[RamlockError] = []
-    try:
-        for path in candidates(process, environ):
-            with suppress(FileNotFoundError, ConnectionRefusedError):
-                try:
-                    sock = connect(path, deadline, root)
-                except (NoPermission, NotOurs) as error:
-                    trouble.append(error)
-                    continue
-                if (listener := peer(sock).pid) == process.pid:
-                    return sock, path
-                sock.close()
-                trouble.append(
-                    NotOurs(
-                        f"{printable(path)} belongs to process {listener}, not to the VM (pid {process.pid})",
-                        "remove that socket if nobody needs it, and restart the VM",
-                    )
+    with ExitStack() as stack:
+        roots: list[int | None] = [None]
+        if not procfs.same_root(process.pid, proc):
+            try:
+                theirs = _open_root(process.pid, proc)
+                stack.callback(os.close, theirs)
+                roots.insert(0, theirs)
+            except NoPermission as error:
+                trouble.append(error)
+        for root, path in itertools.product(roots, candidates(process, environ)):
+            try:
+                sock = connect(path, deadline, root)
+            except (FileNotFoundError, ConnectionRefusedError):
+                continue
+            except (NoPermission, NotOurs) as error:
+                trouble.append(error)
+                continue
+            if (listener := peer(sock).pid) == process.pid:
+                return sock, path
+            sock.close()
+            trouble.append(
+                NotOurs(
+                    f"{printable(path)} belongs to process {listener}, not to the VM (pid {process.pid})",
+                    "remove that socket if nobody needs it, and restart the VM",
                 )
-    finally:
-        if root is not None:
-            os.close(root)
+            )
     if trouble:
         raise min(trouble, key=lambda error: isinstance(error, NoPermission))
     raise NotFound(

@@ -176,7 +176,7 @@ def _raise_limit(before: Guarantee, wish: Wish, pid: int | None) -> bool:
 
 def _refusal(error: CommandError, before: Guarantee, wish: Wish, may_raise: bool) -> Refused | NoPermission:
     """Turn the shim's refusal into what the user can act upon; in every case the former guarantee is intact."""
-    asked = str(wish.size)
+    asked = format_size(wish.size.resolve(before.ram)) + ("" if wish.size.kind == "bytes" else f" ({wish.size})")
     if error.reason == "range":
         return Refused(f"{asked} is more than the guest RAM of {format_size(before.ram)}", "ask for less, or say all")
     if error.reason == "no-ram":

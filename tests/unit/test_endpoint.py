@@ -35,22 +35,19 @@ def listener(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_candidates(tmp_path: Path) -> None:
-    make(tmp_path, 20, "qemu")
+    make(tmp_path, 20, "qemu")  # 7 in its own pid namespace
     process = procfs.read(20, tmp_path)
-    assert endpoint.candidates(process, None) == [
+    own = [
         "/run/ramlock/7.sock",
         "/run/user/1000/ramlock/7.sock",
         "/tmp/ramlock-1000/7.sock",
         "/run/user/1001/ramlock/7.sock",
         "/tmp/ramlock-1001/7.sock",
     ]
-    environ = {"RAMLOCK_SOCKET": "/x/y", "XDG_RUNTIME_DIR": "/run/user/1000"}
-    assert endpoint.candidates(process, environ)[:3] == [
-        "/x/y",
-        "/run/ramlock/7.sock",
-        "/run/user/1000/ramlock/7.sock",
-    ]
-    assert "rel" not in endpoint.candidates(process, {"RAMLOCK_SOCKET": "rel"})
+    assert endpoint.candidates(process, None) == own + [path.replace("7.sock", "20.sock") for path in own]
+    environ = {"RAMLOCK_SOCKET": "/x/y", "XDG_RUNTIME_DIR": "/z"}
+    assert endpoint.candidates(process, environ)[:3] == ["/x/y", "/run/ramlock/7.sock", "/z/ramlock/7.sock"]
+    assert all(path.startswith("/") for path in endpoint.candidates(process, {"RAMLOCK_SOCKET": "relative"}))
 
 
 def test_the_peer_is_who_listens(tmp_path: Path) -> None:
@@ -191,6 +188,30 @@ def test_a_vm_in_another_mount_namespace(tmp_path: Path) -> None:
         assert not place.exists()
         assert not procfs.same_root(process.pid)
         sock, _ = endpoint.connect_process(procfs.read(process.pid), {"RAMLOCK_SOCKET": str(place)}, Deadline(5))
+        assert endpoint.peer(sock).pid == process.pid
+        sock.close()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_vm_that_changed_its_root(tmp_path: Path) -> None:
+    """With -chroot the socket was made before, and stays where we see it."""
+    if os.getuid() != 0:
+        absent("only root can change the root")
+    (tmp_path / "jail").mkdir()
+    code = LISTEN.replace("print()", "import os; os.chroot(sys.argv[2]); print()")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "jail")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert not procfs.same_root(process.pid)
+        environ = {"RAMLOCK_SOCKET": str(tmp_path / "s")}
+        sock, _ = endpoint.connect_process(procfs.read(process.pid), environ, Deadline(5))
         assert endpoint.peer(sock).pid == process.pid
         sock.close()
     finally:

@@ -33,7 +33,7 @@ def read_seconds(ctx: click.Context, param: click.Parameter, value: float | None
 def vm_options(function: F) -> F:
     """Add --pid, --vm and --socket; `selector` turns them into a Selector."""
     for option in (
-        click.option("--socket", type=click.Path(path_type=Path), help="The shim's socket."),
+        click.option("--socket", type=click.Path(readable=False, path_type=Path), help="The shim's socket."),
         click.option("--vm", metavar="NAME", help="The VM that QEMU's -name calls so."),
         click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="PID", help="The VM's QEMU process."),
     ):

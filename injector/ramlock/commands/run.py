@@ -15,7 +15,11 @@ from ramlock.sizes import Size
     options_metavar="[OPTIONS] --",
 )
 @click.option("--guarantee", callback=read_size, metavar="SIZE", help="Guest RAM to guarantee from the start.")
-@click.option("--socket", type=click.Path(path_type=Path), help="Where the shim listens, instead of the usual place.")
+@click.option(
+    "--socket",
+    type=click.Path(readable=False, path_type=Path),
+    help="Where the shim listens, instead of the usual place.",
+)
 @click.option("--allow-uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Another user who may set it.")
 @lock_options
 @click.argument("qemu", nargs=-1, required=True, type=click.UNPROCESSED, metavar="QEMU [ARGS]...")
