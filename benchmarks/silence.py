@@ -2,7 +2,8 @@
 """How long is QEMU silent while 1 GiB is locked? (`make bench`): ramlock against QEMU's own ways, and against idleness.
 
 Each round measures every way once, one after another, so that whatever else the machine does hits all of them; the
-table shows medians over the rounds and the ratio to idle. Absolute times are those of this machine.
+table shows medians over the rounds and the ratio to idle. Absolute times are those of this machine; with transparent
+huge pages for all they are many times shorter than without.
 """
 
 # SPDX-License-Identifier: GPL-2.0-or-later
@@ -49,7 +50,8 @@ def ramlock() -> Result:
         with Silence(guest.monitor) as silence:
             begin = time.monotonic()
             shim.execute("set_ram_minguarantee", {"size": GIB})
-            shim.wait_event("RAM_MINGUARANTEE_REACHED", timeout=120)
+            while shim.wait_event("RAM_MINGUARANTEE_REACHED", timeout=120)["data"]["requested"] != GIB:
+                pass  # that of the guarantee of nothing, which it starts with
             took = time.monotonic() - begin
         if truth.locked(guest.pid).resident < GIB:
             raise AssertionError("ramlock said that it was done, and the kernel does not")
@@ -86,7 +88,7 @@ def prealloc() -> Result:
 WAYS: dict[str, Callable[[], Result]] = {
     "idle": idle,
     "ramlock set 1G": ramlock,
-    "-overcommit mem-lock=on, at start": mem_lock,
+    "mem-lock=on, at start": mem_lock,
     "qom-set prealloc, unlocked": prealloc,
 }
 
