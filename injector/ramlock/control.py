@@ -203,7 +203,9 @@ class Client:
         return message
 
     def _silence(self) -> NoAnswer:
-        return NoAnswer(f"{self.where} does not answer", "is QEMU stopped (kill -CONT) or the host overloaded?")
+        return NoAnswer(
+            f"{self.where} does not answer", "is the host overloaded, or the process stopped? look at it with ps"
+        )
 
     def _hung_up(self) -> Disconnected:
         return Disconnected(f"{self.where} closed the connection", _RESTART)

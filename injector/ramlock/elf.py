@@ -57,12 +57,12 @@ def read(path: Path, wanted: Iterable[str] = ()) -> Elf:
             return _read(path, file, wanted)
     except OSError as error:
         raise CannotPreload(
-            f"cannot read {path}: {error.strerror}", "ramlock must read QEMU's file to see what it is; check its mode"
+            f"cannot read {path}: {error.strerror}", "ramlock has to read it to see what it is; check its mode"
         ) from None
     # pyelftools answers a damaged file with whatever its parsers happen to stumble over.
     except (ELFError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError):
         raise CannotPreload(
-            f"{path} is not a program that this machine can run (no valid ELF file)", "give the QEMU program itself"
+            f"{path} is no valid ELF file, so nothing that this machine can run", "give the QEMU program itself"
         ) from None
 
 

@@ -139,7 +139,10 @@ def _connect(address: str, shown: str, deadline: Deadline) -> socket.socket:
                 return sock
             except BlockingIOError:
                 if deadline.expired:
-                    raise NoAnswer(f"{shown} does not answer", "is QEMU stopped (kill -CONT)?") from None
+                    raise NoAnswer(
+                        f"{shown} does not answer",
+                        "too many clients are waiting there already; is the process stopped?",
+                    ) from None
                 time.sleep(_RETRY)
     except PermissionError:
         sock.close()

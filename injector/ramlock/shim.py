@@ -36,4 +36,9 @@ def find(environ: Mapping[str, str], places: tuple[Path, ...] = PLACES) -> Path:
             f"the shim's path {str(path)!r} contains {shown}, which LD_PRELOAD cannot hold",
             "put a copy of ramlock.so elsewhere and name it in RAMLOCK_SHIM",
         )
+    if os.statvfs(path).f_flag & os.ST_NOEXEC:
+        raise CannotPreload(
+            f"the shim {path} is on a file system mounted noexec, from where no program loads it",
+            "put a copy of ramlock.so elsewhere and name it in RAMLOCK_SHIM",
+        )
     return path

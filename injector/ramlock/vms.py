@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ramlock import endpoint, procfs
 from ramlock.control import Client
 from ramlock.deadline import Deadline
-from ramlock.errors import Disconnected, NoPermission, NotFound, Refused, UsageError, VmGone
+from ramlock.errors import Disconnected, NoAnswer, NoPermission, NotFound, Refused, UsageError, VmGone
 from ramlock.text import printable
 
 ANSWER_TIME = 10.0
@@ -91,6 +91,10 @@ def session(selector: Selector, *, patience: float = 0.0, proc: Path = procfs.PR
                 f"{vm.client.where} closed the connection without a greeting: it does not serve this user",
                 "run ramlock as root or as the user who started the VM, or start the VM with --allow-uid",
             ) from error
+        raise
+    except NoAnswer as error:
+        if vm.pid is not None and procfs.read(vm.pid, proc).stopped:
+            raise NoAnswer(f"{vm.label} is stopped and cannot answer", f"continue it: kill -CONT {vm.pid}") from error
         raise
     finally:
         vm.close()

@@ -1,6 +1,7 @@
 """Where the shim is found, and which paths LD_PRELOAD cannot hold."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import os
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,11 @@ def test_what_ld_preload_cannot_hold(tmp_path: Path, folder: str) -> None:
     with pytest.raises(CannotPreload, match="LD_PRELOAD cannot hold") as error:
         shim.find({}, (tmp_path / folder / "ramlock.so",))
     assert "RAMLOCK_SHIM" in error.value.hint
+
+
+def test_where_nothing_may_be_executed() -> None:
+    place = Path("/proc/self/status")  # a file on a file system that is nearly always mounted noexec
+    if not os.statvfs(place).f_flag & os.ST_NOEXEC:
+        pytest.skip("/proc is not mounted noexec here")
+    with pytest.raises(CannotPreload, match="noexec"):
+        shim.find({}, (place,))

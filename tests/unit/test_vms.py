@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from ramlock import guarantee, vms
 from ramlock.deadline import Deadline
-from ramlock.errors import ControlError, Disconnected, NoPermission, NotFound, Refused, UsageError, VmGone
+from ramlock.errors import ControlError, Disconnected, NoAnswer, NoPermission, NotFound, Refused, UsageError, VmGone
 from ramlock.vms import Selector
 from tests.unit.conftest import Serve, Shim
 from tests.unit.test_procfs import make
@@ -102,6 +103,18 @@ def test_a_vm_that_ends_in_the_middle(start: Start) -> None:
     ):
         guarantee.query(vm.client)
     assert error.value.exit_code == 6
+
+
+def test_a_stopped_vm_is_named_so(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(NoAnswer, match="is stopped") as error,
+        vms.session(Selector(pid=start(0)), patience=30) as vm,
+    ):
+        assert vm.pid is not None
+        os.kill(vm.pid, signal.SIGSTOP)
+        monkeypatch.setattr(guarantee, "ANSWER_TIME", 0.2)
+        guarantee.query(vm.client)
+    assert "kill -CONT" in error.value.hint
 
 
 def test_by_socket(serve: Serve) -> None:
