@@ -10,6 +10,8 @@ DESTDIR ?=
 ARGS    ?=
 
 MAKEFLAGS += --no-print-directory
+# Commands are shown with V=1.
+AGAIN := $(MAKE) $(if $(V),,--silent)
 .DEFAULT_GOAL := all
 
 VENV       := .venv
@@ -23,7 +25,7 @@ PYTHON_CODE := injector tests examples benchmarks
 .PHONY: all
 all: ## Build the shim and .venv with the package, editable: .venv/bin/ramlock works
 	@.ci/deps build
-	@$(MAKE) built
+	@+$(AGAIN) built
 
 .PHONY: built
 built: shim $(INSTALLED)
@@ -33,7 +35,7 @@ built: shim $(INSTALLED)
 help: ## Explain every target
 	@echo 'Begin with "make demo" or "make test". Targets:'
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sort | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
-	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12'
+	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12, V=1 (show commands)'
 
 .PHONY: deps
 deps: ## Install what building and testing need, as far as it is missing (apt, as root or by sudo)
@@ -42,7 +44,7 @@ deps: ## Install what building and testing need, as far as it is missing (apt, a
 .PHONY: guest
 guest: ## Fetch a kernel and build the small Linux guest that the demo and the tests boot
 	@.ci/deps all
-	@$(MAKE) guest-built
+	@+$(AGAIN) guest-built
 
 .PHONY: guest-built
 guest-built: $(GUEST)/initramfs.cpio.gz
@@ -62,22 +64,22 @@ ready: built guest-built
 .PHONY: demo
 demo: ## Show it: boot a guest under ramlock, raise and lower its guarantee, watch it hold
 	@.ci/deps all
-	@$(MAKE) ready
+	@+$(AGAIN) ready
 	@$(PYTHON_BIN) examples/demo.py
 
 .PHONY: test
 test: ## Run the whole test suite: linters, the shim's C units, the Python units, real QEMUs
 	@.ci/deps all
-	@$(MAKE) ready
-	@$(MAKE) linted
-	@$(MAKE) test-shim
+	@+$(AGAIN) ready
+	@+$(AGAIN) linted
+	@+$(AGAIN) test-shim
 	@$(PYTHON_BIN) -m pytest tests $(ARGS)
 
 .PHONY: lint
 lint: ## Lint and type-check: ruff, mypy, gcc with every warning an error
 	@.ci/deps build
-	@$(MAKE) built
-	@$(MAKE) linted
+	@+$(AGAIN) built
+	@+$(AGAIN) linted
 
 .PHONY: linted
 linted: lint-shim
@@ -89,14 +91,14 @@ linted: lint-shim
 .PHONY: bench
 bench: ## Measure how long QEMU is silent while memory is locked, against QEMU's own way
 	@.ci/deps all
-	@$(MAKE) ready
+	@+$(AGAIN) ready
 	@$(PYTHON_BIN) benchmarks/silence.py
 
 DURATION ?= 60
 .PHONY: stress
 stress: ## Retarget a writing guest at random for DURATION seconds, and compare with the kernel's own figures
 	@.ci/deps all
-	@$(MAKE) ready
+	@+$(AGAIN) ready
 	@RAMLOCK_STRESS_SECONDS=$(DURATION) $(PYTHON_BIN) -m pytest tests/qemu/test_retarget.py $(ARGS)
 
 # The package and what it needs go into a folder of their own, so that no system Python is touched.
@@ -104,7 +106,7 @@ LIB := $(PREFIX)/lib/ramlock
 .PHONY: install
 install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
 	@.ci/deps build
-	@$(MAKE) shim
+	@+$(AGAIN) shim
 	install -d '$(DESTDIR)$(LIB)' '$(DESTDIR)$(PREFIX)/bin'
 	install -m 0755 injector/ramlock/ramlock.so '$(DESTDIR)$(LIB)/ramlock.so'
 	rm -rf '$(DESTDIR)$(LIB)/python'
@@ -129,8 +131,7 @@ distclean: clean ## Remove everything that is not in the source
 $(PYTHON_BIN):
 	@python=$$(.ci/deps python) && echo "making $(VENV) with $$python" && "$$python" -m venv $(VENV)
 
-# The shim comes first: the package's own build finds it done.
-$(INSTALLED): pyproject.toml $(wildcard setup.py) | $(PYTHON_BIN) shim
+$(INSTALLED): pyproject.toml $(wildcard setup.py) | $(PYTHON_BIN)
 	@echo "installing the package into $(VENV)"
 	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --editable '.[test]'
 	@touch $@
