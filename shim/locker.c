@@ -7,10 +7,6 @@
  * that takes the process's mmap_lock, and accounts for it under the mutex again. So a new wish takes effect at the next
  * step, whatever the direction, and nobody ever waits for more than one step.
  *
- * A step locks with mlock2(MLOCK_ONFAULT), which only marks the mapping and walks the pages that are there, and then
- * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
- * same with worse holds. Bytes count as locked when both have returned 0: the pages were seen resident under a lock.
- *
  * The thread sleeps on a condition variable and makes no wakeup while there is nothing to do. Only while the guarantee
  * is short does it look again by itself, on a slow timer.
  *
@@ -30,11 +26,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22 /* Linux 5.14 */
-#define MADV_POPULATE_WRITE 23
-#endif
-
 enum {
 	NS_PER_US = 1000,
 	NS_PER_MS = 1000 * 1000,
@@ -42,12 +33,9 @@ enum {
 };
 
 static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
-static const uint64_t CREDIT_NS = 50 * NS_PER_MS;
 static const uint64_t RETRY_MIN_NS = 1ULL * NS_PER_S;
 static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
 static const uint64_t REMOVE_WAIT_NS = 100 * NS_PER_MS;
-static const uint64_t MIB = 1 << 20;
-
 static const char *const state_names[] = {
 	[LOCKER_WAITING] = "waiting",	  [LOCKER_IDLE] = "idle",   [LOCKER_LOCKING] = "locking",
 	[LOCKER_UNLOCKING] = "unlocking", [LOCKER_SHORT] = "short",
@@ -59,36 +47,9 @@ const char *locker_state_name(enum locker_state s)
 	return state_names[s];
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * NS_PER_S + (uint64_t)t.tv_nsec;
-}
-
 static struct timespec timespec_of(uint64_t ns)
 {
 	return (struct timespec){ .tv_sec = (time_t)(ns / NS_PER_S), .tv_nsec = (long)(ns % NS_PER_S) };
-}
-
-static void *address(struct range r)
-{
-	return (void *)(uintptr_t)r.start;
-}
-
-/*
- * System calls made directly: what counts is what the kernel did, and libc's functions can be interposed (a QEMU built
- * with a sanitizer has an mlock() and a munlock() that do nothing).
- */
-static int sys_mlock2(struct range r, unsigned int flags)
-{
-	return syscall(SYS_mlock2, address(r), range_size(r), flags) ? errno : 0;
-}
-
-static int sys_munlock(struct range r)
-{
-	return syscall(SYS_munlock, address(r), range_size(r)) ? errno : 0;
 }
 
 /* Waits on @cond until @deadline_ns of CLOCK_MONOTONIC. Returns ETIMEDOUT or 0. */
@@ -107,7 +68,7 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	l->notify = notify;
 	l->opaque = opaque;
 	l->wish.prefault = true;
-	headroom_init(&l->headroom);
+	headroom_init(&l->stepper.headroom);
 	pthread_mutex_init(&l->mutex, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
@@ -130,113 +91,7 @@ static uint64_t target(const struct locker *l)
 	return l->wish.lock_ram_size;
 }
 
-/* Locked by us, and counted by the kernel in VmLck, which leaves out hugetlb. */
-static uint64_t counted_in_vm_locked(const struct locker *l)
-{
-	uint64_t sum = 0;
-
-	for (size_t i = 0; i < l->layout.n; i++)
-		if (l->layout.v[i].backing != BACKING_HUGETLB)
-			sum += extents_overlap(&l->held, l->layout.v[i].host) -
-			       extents_overlap(&l->foreign, l->layout.v[i].host);
-	return sum;
-}
-
-/* ---- The order of locking, for releasing the newest first ---- */
-
-static void history_rebuild(struct locker *l)
-{
-	l->n_history = l->held.n;
-	memcpy(l->history, l->held.v, l->held.n * sizeof(l->held.v[0]));
-}
-
-static void history_push(struct locker *l, struct range r)
-{
-	if (l->n_history && l->history[l->n_history - 1].end == r.start) {
-		l->history[l->n_history - 1].end = r.end;
-	} else if (l->n_history == sizeof(l->history) / sizeof(l->history[0])) {
-		history_rebuild(l); /* @r is in `held` already */
-	} else {
-		l->history[l->n_history++] = r;
-	}
-}
-
-/* @r has left `held`; it was the newest unless an unplug changed the history meanwhile. */
-static void history_pop(struct locker *l, struct range r)
-{
-	struct range *newest = l->n_history ? &l->history[l->n_history - 1] : NULL;
-
-	if (!newest || newest->end != r.end || newest->start > r.start) {
-		history_rebuild(l);
-		return;
-	}
-	newest->end = r.start;
-	if (newest->start == newest->end)
-		l->n_history--;
-}
-
-/* ---- Deciding ---- */
-
-enum step_kind {
-	STEP_NONE,
-	STEP_PLAN, /* decide which bytes come next */
-	STEP_LOCK,
-	STEP_POPULATE, /* an on-fault lock that should be populated now */
-	STEP_UNLOCK,
-	STEP_FORGET, /* release what was never ours */
-	STEP_STUCK, /* too many extents */
-};
-
-struct step {
-	enum step_kind kind;
-	struct range r;
-	bool hugetlb;
-	bool resident; /* allocates nothing */
-	bool prefault;
-};
-
-/* The newest bytes to release, at most @excess and one chunk, either all ours or all foreign. */
-static bool choose_release(const struct locker *l, uint64_t excess, struct step *s)
-{
-	const struct ram_block *b;
-	struct range r, part, rest;
-	uint64_t size, chunk = PACER_CHUNK;
-
-	if (!l->n_history)
-		return false;
-	r = l->history[l->n_history - 1];
-	b = layout_find(&l->layout, (struct range){ r.end - 1, r.end });
-	if (!b)
-		return false;
-	if (r.start < b->host.start) /* two blocks side by side */
-		r.start = b->host.start;
-	if (b->page_size > chunk)
-		chunk = b->page_size;
-	size = excess / b->page_size * b->page_size;
-	if (!size)
-		return false;
-	if (range_size(r) > size)
-		r.start = r.end - size;
-	if (range_size(r) > chunk)
-		r.start = (r.end - 1) / chunk * chunk;
-
-	s->kind = STEP_UNLOCK;
-	for (rest = r; extents_part(&l->foreign, rest, &part); rest.start = part.end) {
-		if (part.end == r.end)
-			s->kind = STEP_FORGET;
-		r.start = part.end == r.end ? part.start : part.end;
-	}
-	s->r = r;
-	return true;
-}
-
-/* Whether one more step could find no room in the books. Plans keep far below that. */
-static bool books_full(const struct locker *l)
-{
-	const size_t most = EXTENTS_MAX - 2;
-
-	return l->held.n >= most || l->foreign.n >= most || l->on_fault.n >= most;
-}
+/* ---- Deciding; with the mutex ---- */
 
 static bool plan_is_current(const struct locker *l)
 {
@@ -245,13 +100,14 @@ static bool plan_is_current(const struct locker *l)
 
 static void choose(struct locker *l, struct step *s)
 {
-	uint64_t want, need;
+	uint64_t want, need, held = l->books.held.total;
+	bool foreign;
 
 	*s = (struct step){ .kind = STEP_NONE, .prefault = l->wish.prefault };
 	if (!l->known)
 		return;
 	want = target(l);
-	if (l->held.total < want) {
+	if (held < want) {
 		const struct ram_block *b;
 		uint64_t chunk = l->wish.prefault ? PACER_CHUNK : PACER_CHUNK_ON_FAULT;
 
@@ -259,7 +115,7 @@ static void choose(struct locker *l, struct step *s)
 			s->kind = STEP_PLAN;
 			return;
 		}
-		if (books_full(l)) {
+		if (books_full(&l->books)) {
 			s->kind = STEP_STUCK;
 			return;
 		}
@@ -267,19 +123,21 @@ static void choose(struct locker *l, struct step *s)
 		s->resident = l->plan.resident;
 		b = layout_find(&l->layout, s->r);
 		s->hugetlb = b->backing == BACKING_HUGETLB;
-		need = (want - l->held.total + b->page_size - 1) / b->page_size * b->page_size;
+		need = (want - held + b->page_size - 1) / b->page_size * b->page_size;
 		if (range_size(s->r) > need)
 			s->r.end = s->r.start + need;
 		return;
 	}
-	if (l->held.total > want && choose_release(l, l->held.total - want, s))
+	if (held > want && books_newest(&l->books, &l->layout, held - want, PACER_CHUNK, &s->r, &foreign)) {
+		s->kind = foreign ? STEP_FORGET : STEP_UNLOCK;
 		return;
-	if (l->wish.prefault && l->on_fault.total) {
+	}
+	if (l->wish.prefault && l->books.on_fault.total) {
 		const struct ram_block *b;
 		uint64_t chunk = PACER_CHUNK;
 
 		s->kind = STEP_POPULATE;
-		extents_part(&l->on_fault, (struct range){ 0, UINT64_MAX }, &s->r);
+		extents_part(&l->books.on_fault, (struct range){ 0, UINT64_MAX }, &s->r);
 		b = layout_find(&l->layout, (struct range){ s->r.start, s->r.start + 1 });
 		if (b && b->page_size > chunk)
 			chunk = b->page_size;
@@ -324,20 +182,20 @@ static bool make_plan(struct locker *l)
 	static struct extents held;
 	struct residency r = { l, l->generation, l->layout_generation };
 	bool stale = !plan_is_current(l);
-	uint64_t need = target(l) - l->held.total;
+	uint64_t need = target(l) - l->books.held.total;
 	enum order order = l->wish.order;
 
-	uint64_t counted = counted_in_vm_locked(l);
+	uint64_t counted = books_in_vm_locked(&l->books, &l->layout);
 	int64_t vm_locked;
 
 	layout = l->layout;
-	held = l->held;
+	held = l->books.held;
 	if (stale)
 		l->plan_resident_done = false;
 	pthread_mutex_unlock(&l->mutex);
 
-	vm_locked = headroom_vm_locked(&l->headroom);
-	l->others_lock = vm_locked < 0 || (uint64_t)vm_locked > counted;
+	vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	l->stepper.others_lock = vm_locked < 0 || (uint64_t)vm_locked > counted;
 
 	plan_clear(&l->plan);
 	if (order == ORDER_RESIDENT && !l->plan_resident_done) {
@@ -359,161 +217,18 @@ static bool make_plan(struct locker *l)
 	return l->plan.n > 0;
 }
 
-/* ---- Doing; without the mutex ---- */
-
-/* What a step came to. */
-struct outcome {
-	enum shortage shortage; /* SHORTAGE_NONE: done */
-	bool foreign; /* the range was locked already, by somebody else */
-	char text[SHORT_TEXT];
-};
-
-static void explain_rlimit(struct outcome *o, uint64_t limit)
-{
-	o->shortage = SHORTAGE_RLIMIT;
-	snprintf(o->text, sizeof(o->text), "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64 " KiB",
-		 limit / 1024);
-}
-
-/* Whether @cost bytes may be allocated. */
-static bool admit(struct locker *l, uint64_t cost, struct outcome *o)
-{
-	uint64_t now = now_ns(), left;
-	enum shortage why;
-
-	if (cost <= l->credit && now < l->credit_until_ns) {
-		l->credit -= cost;
-		return true;
-	}
-	left = headroom_memory(&l->headroom, &why);
-	l->credit = left / 8;
-	l->credit_until_ns = now + CREDIT_NS;
-	if (l->credit < cost)
-		l->credit = left / 2 >= cost ? cost : 0;
-	if (cost <= l->credit) {
-		l->credit -= cost;
-		return true;
-	}
-	o->shortage = why;
-	snprintf(o->text, sizeof(o->text),
-		 why == SHORTAGE_CGROUP ? "QEMU's memory cgroup leaves %" PRIu64 " MiB" :
-					  "the host has %" PRIu64 " MiB available beyond its reserve",
-		 left / MIB);
-	return false;
-}
-
-/* Makes the pages of @r resident and writable. Returns 0 or -errno. */
-static int populate(struct locker *l, struct range r)
-{
-	int advice = MADV_POPULATE_WRITE;
-
-	while (!l->no_populate) {
-		if (!madvise(address(r), range_size(r), advice))
-			return 0;
-		if (errno == EFAULT && advice == MADV_POPULATE_WRITE)
-			advice = MADV_POPULATE_READ; /* a backing that may not be written */
-		else if (errno == EINVAL && advice == MADV_POPULATE_WRITE)
-			l->no_populate = true;
-		else if (errno != EINTR && errno != EAGAIN)
-			return -errno;
-	}
-	return -sys_mlock2(r, 0);
-}
-
-static void explain_errno(struct locker *l, int err, const struct step *s, const char *doing, struct outcome *o)
-{
-	uint64_t limit = headroom_memlock_limit(&l->headroom);
-	int64_t locked = headroom_vm_locked(&l->headroom);
-
-	if (limit != UINT64_MAX && (err == EPERM || (err == ENOMEM && (uint64_t)locked + range_size(s->r) > limit))) {
-		explain_rlimit(o, limit);
-		return;
-	}
-	o->shortage = err == ENOMEM ? SHORTAGE_MAP_COUNT : SHORTAGE_KERNEL;
-	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
-}
-
-static void do_lock(struct locker *l, const struct step *s, struct outcome *o)
-{
-	uint64_t size = range_size(s->r);
-	/* Where something holds locks besides us, VmLck tells whether it holds this range. */
-	bool others = l->others_lock && !s->hugetlb;
-	int64_t before, after;
-	bool ours;
-	int err;
-
-	if (!s->hugetlb && !s->resident && !admit(l, size, o))
-		return;
-	before = others ? headroom_vm_locked(&l->headroom) : 0;
-	err = sys_mlock2(s->r, MLOCK_ONFAULT);
-	if (err) {
-		/* A failure can come after a part was locked: take that back, unless it may be another's. */
-		if (!others)
-			sys_munlock(s->r);
-		explain_errno(l, err, s, "locking guest RAM", o);
-		return;
-	}
-	after = others ? headroom_vm_locked(&l->headroom) : 0;
-	ours = !others || after - before == (int64_t)size;
-	err = s->prefault ? -populate(l, s->r) : 0;
-	if (err) {
-		if (ours)
-			sys_munlock(s->r);
-		explain_errno(l, err, s, s->hugetlb ? "allocating huge pages" : "populating guest RAM", o);
-		return;
-	}
-	o->foreign = !ours;
-}
-
-static void do_populate(struct locker *l, const struct step *s, struct outcome *o)
-{
-	int err;
-
-	if (!admit(l, range_size(s->r), o))
-		return;
-	err = -populate(l, s->r);
-	if (err)
-		explain_errno(l, err, s, "populating guest RAM", o);
-}
-
-static void do_unlock(struct locker *l, const struct step *s, struct outcome *o)
-{
-	int err = sys_munlock(s->r);
-
-	if (err)
-		explain_errno(l, err, s, "unlocking guest RAM", o);
-}
-
 /* ---- Accounting; with the mutex ---- */
 
 static void account(struct locker *l, const struct step *s, const struct outcome *o)
 {
 	if (!layout_find(&l->layout, s->r))
 		return; /* unplugged while the step ran: the lock goes with the mapping */
-	switch (s->kind) {
-	case STEP_LOCK:
-		extents_add(&l->held, s->r); /* there is room: books_full() was asked */
-		if (o->foreign)
-			extents_add(&l->foreign, s->r);
-		if (!s->prefault)
-			extents_add(&l->on_fault, s->r);
-		history_push(l, s->r);
-		break;
-	case STEP_POPULATE:
-		extents_remove(&l->on_fault, s->r);
-		break;
-	case STEP_UNLOCK:
-	case STEP_FORGET:
-		extents_remove(&l->held, s->r);
-		extents_remove(&l->foreign, s->r);
-		extents_remove(&l->on_fault, s->r);
-		history_pop(l, s->r);
-		break;
-	case STEP_NONE:
-	case STEP_PLAN:
-	case STEP_STUCK:
-		break;
-	}
+	if (s->kind == STEP_LOCK)
+		books_add(&l->books, s->r, o->foreign, !s->prefault);
+	else if (s->kind == STEP_POPULATE)
+		books_populated(&l->books, s->r);
+	else
+		books_remove(&l->books, s->r);
 	l->done_bytes += range_size(s->r);
 }
 
@@ -557,7 +272,7 @@ static void settle(struct locker *l)
 /* Carries out one step with the mutex given up meanwhile. */
 static void carry_out(struct locker *l, const struct step *s)
 {
-	struct outcome o = { .shortage = SHORTAGE_NONE };
+	struct outcome o;
 	uint64_t began, took, generation = l->generation;
 	enum locker_state working =
 		s->kind == STEP_LOCK || s->kind == STEP_POPULATE ? LOCKER_LOCKING : LOCKER_UNLOCKING;
@@ -569,12 +284,7 @@ static void carry_out(struct locker *l, const struct step *s)
 	pthread_mutex_unlock(&l->mutex);
 
 	began = now_ns();
-	if (s->kind == STEP_LOCK)
-		do_lock(l, s, &o);
-	else if (s->kind == STEP_POPULATE)
-		do_populate(l, s, &o);
-	else if (s->kind == STEP_UNLOCK)
-		do_unlock(l, s, &o);
+	step_carry_out(&l->stepper, s, &o);
 	took = now_ns() - began;
 
 	pthread_mutex_lock(&l->mutex);
@@ -613,7 +323,7 @@ static void wait_short(struct locker *l)
 		if (wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
 			break;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
-	l->credit = 0;
+	l->stepper.credit = 0;
 }
 
 void *locker_run(void *arg)
@@ -669,7 +379,7 @@ static uint64_t free_hugetlb(const struct locker *l)
 
 	for (size_t i = 0; i < l->layout.n; i++)
 		if (l->layout.v[i].backing == BACKING_HUGETLB)
-			sum += range_size(l->layout.v[i].host) - extents_overlap(&l->held, l->layout.v[i].host);
+			sum += range_size(l->layout.v[i].host) - extents_overlap(&l->books.held, l->layout.v[i].host);
 	return sum;
 }
 
@@ -693,11 +403,11 @@ static int check_wish(const struct locker *l, const struct wish *w, uint64_t lim
 		snprintf(text, SHORT_TEXT, "size is above guest RAM, which is %" PRIu64 " bytes", l->layout.total);
 		return -ERANGE;
 	}
-	if (limit == UINT64_MAX || want <= l->held.total)
+	if (limit == UINT64_MAX || want <= l->books.held.total)
 		return 0;
-	counted = counted_in_vm_locked(l);
+	counted = books_in_vm_locked(&l->books, &l->layout);
 	others = vm_locked > (int64_t)counted ? (uint64_t)vm_locked - counted : 0;
-	need = want - l->held.total;
+	need = want - l->books.held.total;
 	/* What others have locked may be the very bytes that are needed: the thread will see. */
 	if (need > free_hugetlb(l) + others && counted + others + (need - free_hugetlb(l)) > limit) {
 		snprintf(text, SHORT_TEXT, "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64
@@ -714,9 +424,9 @@ static void expect_work(struct locker *l)
 
 	if (!l->known)
 		return;
-	if (l->held.total < want || (l->held.total == want && l->wish.prefault && l->on_fault.total))
+	if (l->books.held.total < want || (l->books.held.total == want && l->wish.prefault && l->books.on_fault.total))
 		l->state = LOCKER_LOCKING;
-	else if (l->held.total > want)
+	else if (l->books.held.total > want)
 		l->state = LOCKER_UNLOCKING;
 	pthread_cond_signal(&l->wake);
 }
@@ -735,8 +445,8 @@ static void accept_wish(struct locker *l, const struct wish *w)
 
 int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 {
-	uint64_t limit = headroom_memlock_limit(&l->headroom);
-	int64_t vm_locked = headroom_vm_locked(&l->headroom);
+	uint64_t limit = headroom_memlock_limit(&l->stepper.headroom);
+	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
 	int err;
 
 	pthread_mutex_lock(&l->mutex);
@@ -754,32 +464,14 @@ void locker_set_launch(struct locker *l, const struct wish *wish)
 	pthread_mutex_unlock(&l->mutex);
 }
 
-/* Drops from @e what is in no block of @layout. */
-static void keep_layout(struct extents *e, const struct ram_layout *layout)
-{
-	uint64_t at = 0;
-
-	for (size_t i = 0; i < layout->n; i++) {
-		extents_remove(e, (struct range){ at, layout->v[i].host.start });
-		at = layout->v[i].host.end;
-	}
-	extents_remove(e, (struct range){ at, UINT64_MAX });
-}
-
 void locker_set_layout(struct locker *l, const struct ram_layout *layout)
 {
 	pthread_mutex_lock(&l->mutex);
 	if (!l->known || !layout_equal(&l->layout, layout)) {
-		uint64_t held = l->held.total;
-
 		l->layout = *layout;
 		l->known = true;
 		l->layout_generation++;
-		keep_layout(&l->held, layout);
-		keep_layout(&l->foreign, layout);
-		keep_layout(&l->on_fault, layout);
-		if (l->held.total != held)
-			history_rebuild(l);
+		books_keep_layout(&l->books, layout);
 		expect_work(l);
 	}
 	pthread_mutex_unlock(&l->mutex);
@@ -810,10 +502,7 @@ void locker_remove(struct locker *l, struct range gone)
 	if (known) {
 		layout_finish(&l->layout);
 		l->layout_generation++;
-		extents_remove(&l->held, gone);
-		extents_remove(&l->foreign, gone);
-		extents_remove(&l->on_fault, gone);
-		history_rebuild(l);
+		books_remove(&l->books, gone);
 		expect_work(l);
 		while (overlap(l->in_flight, gone))
 			if (wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
@@ -848,7 +537,7 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 {
 	uint64_t end = l->ended_ns ? l->ended_ns : now_ns();
 	uint64_t want = target(l);
-	uint64_t left = want > l->held.total ? want - l->held.total : l->held.total - want;
+	uint64_t left = want > l->books.held.total ? want - l->books.held.total : l->books.held.total - want;
 
 	s->wish = l->wish;
 	s->generation = l->generation;
@@ -857,30 +546,30 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 	memcpy(s->short_text, l->short_text, sizeof(s->short_text));
 	s->requested = l->wish.all ? l->layout.total : l->wish.lock_ram_size;
 	s->ram = l->layout.total;
-	s->armed = l->held.total;
-	s->extents = l->held.n;
+	s->armed = l->books.held.total;
+	s->extents = l->books.held.n;
 	s->n_blocks = l->layout.n;
 	for (size_t i = 0; i < l->layout.n; i++)
 		s->blocks[i] = (struct locker_block){
 			.block = l->layout.v[i],
-			.locked = extents_overlap(&l->held, l->layout.v[i].host),
+			.locked = extents_overlap(&l->books.held, l->layout.v[i].host),
 		};
 	s->step_max_us = l->pacer.max_us;
 	s->step_p99_us = pacer_p99_us(&l->pacer);
 	s->rate = end > l->began_ns ? (uint64_t)((double)l->done_bytes * NS_PER_S / (double)(end - l->began_ns)) : 0;
 	s->eta_s = s->rate ? (left + s->rate - 1) / s->rate : 0;
 	/* A step in flight may have been counted by the kernel already. */
-	s->foreign = counted_in_vm_locked(l) + range_size(l->in_flight);
-	*on_fault = l->on_fault;
+	s->foreign = books_in_vm_locked(&l->books, &l->layout) + range_size(l->in_flight);
+	*on_fault = l->books.on_fault;
 }
 
 /* Completes @s with what is asked of the kernel, without the mutex. */
 static void ask_kernel(const struct locker *l, struct locker_status *s, const struct extents *on_fault)
 {
-	int64_t vm_locked = headroom_vm_locked(&l->headroom);
+	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
 
 	s->foreign = vm_locked > (int64_t)s->foreign ? (uint64_t)vm_locked - s->foreign : 0;
-	s->memlock_limit = headroom_memlock_limit(&l->headroom);
+	s->memlock_limit = headroom_memlock_limit(&l->stepper.headroom);
 	s->locked = 0;
 	for (size_t i = 0; i < s->n_blocks; i++) {
 		s->blocks[i].locked -= count_absent(on_fault, s->blocks[i].block.host);

@@ -7,11 +7,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "extents.h"
-#include "headroom.h"
+#include "books.h"
 #include "layout.h"
 #include "pacer.h"
 #include "plan.h"
+#include "step.h"
 
 enum order { ORDER_RESIDENT, ORDER_ADDRESS };
 
@@ -34,8 +34,6 @@ struct wish {
 	bool prefault; /* false: lock pages only when the guest touches them */
 };
 
-enum { SHORT_TEXT = 256 };
-
 /* Something happened that clients want to hear of. */
 enum locker_event {
 	LOCKER_PROGRESS = 1 << 0,
@@ -56,11 +54,7 @@ struct locker {
 	struct ram_layout layout;
 	uint64_t layout_generation;
 
-	struct extents held; /* what counts for the guarantee: locked by us, or found locked */
-	struct extents foreign; /* the part of `held` that was locked already: never unlocked */
-	struct extents on_fault; /* the part of `held` that was not populated */
-	struct range history[EXTENTS_MAX]; /* `held` in the order of locking, the newest last */
-	size_t n_history;
+	struct books books;
 	struct range in_flight; /* the range that a step works on now; empty when none */
 
 	enum locker_state state;
@@ -80,12 +74,8 @@ struct locker {
 	bool plan_valid;
 	uint64_t plan_generation, plan_layout;
 	bool plan_resident_done; /* resident pages are used up, the rest goes in address order */
-	uint64_t credit; /* bytes that headroom_memory() granted */
-	uint64_t credit_until_ns;
 	uint64_t retry_ns; /* the pause before a short guarantee is tried again */
-	bool others_lock; /* something in QEMU holds locks besides us */
-	bool no_populate; /* the kernel is older than 5.14 */
-	struct headroom headroom;
+	struct stepper stepper;
 };
 
 /* Prepares @l with the mutex unlocked. @notify is called with news, with the mutex held: it must not block. */

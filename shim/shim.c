@@ -255,7 +255,7 @@ static void *control_run(void *arg)
 	int err;
 
 	prctl(PR_SET_NAME, "ramlock-ctl");
-	headroom_open(&s->locker.headroom, "");
+	headroom_open(&s->locker.stepper.headroom, "");
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
 		control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
@@ -311,7 +311,7 @@ static void after_fork_in_child(void)
 	s->forks++;
 	if (s->qemu.symbols ? qemu_has_main_loop() : !s->qemu.daemonizes || s->forks > 2)
 		return;
-	headroom_deinit(&s->locker.headroom);
+	headroom_deinit(&s->locker.stepper.headroom);
 	control_deinit(&s->control);
 	start(s);
 }

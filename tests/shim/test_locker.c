@@ -42,7 +42,7 @@ static void begin(void)
 	if (!started) {
 		started = true;
 		locker_init(&locker, note, NULL);
-		headroom_open(&locker.headroom, "");
+		headroom_open(&locker.stepper.headroom, "");
 		CHECK_EQ(locker_set(&locker, &(struct wish){ .lock_ram_size = MIB }, text), -EAGAIN);
 		locker_query(&locker, &status);
 		CHECK_EQ(status.state, LOCKER_WAITING);
@@ -68,7 +68,7 @@ static void end(void)
 
 static int64_t vm_locked(void)
 {
-	return headroom_vm_locked(&locker.headroom);
+	return headroom_vm_locked(&locker.stepper.headroom);
 }
 
 static void wait_idle(void)
@@ -224,13 +224,13 @@ static void an_unplugged_block_moves_the_guarantee(void)
 	begin();
 	set(40 * MIB, ORDER_ADDRESS, true);
 	wait_idle();
-	CHECK_EQ(extents_overlap(&locker.held, layout.v[0].host), 40 * MIB);
+	CHECK_EQ(extents_overlap(&locker.books.held, layout.v[0].host), 40 * MIB);
 	gone = layout.v[0].host;
 	locker_remove(&locker, gone);
 	CHECK_EQ(munmap((void *)(uintptr_t)gone.start, BLOCK), 0);
 	wait_idle();
 	CHECK_EQ(status.locked, 40 * MIB);
-	CHECK_EQ(extents_overlap(&locker.held, layout.v[1].host), 40 * MIB);
+	CHECK_EQ(extents_overlap(&locker.books.held, layout.v[1].host), 40 * MIB);
 	CHECK_EQ(status.ram, BLOCK);
 	CHECK_EQ(vm_locked(), 40 * MIB);
 	set(0, ORDER_ADDRESS, true);

@@ -1,0 +1,108 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The books of the lock thread. Pure: no threads, no system calls. */
+#include "books.h"
+
+#include <string.h>
+
+bool books_full(const struct books *b)
+{
+	const size_t most = EXTENTS_MAX - 2;
+
+	return b->held.n >= most || b->foreign.n >= most || b->on_fault.n >= most;
+}
+
+/* Forgets the order: by address instead. */
+static void rebuild_history(struct books *b)
+{
+	b->n_history = b->held.n;
+	memcpy(b->history, b->held.v, b->held.n * sizeof(b->held.v[0]));
+}
+
+void books_add(struct books *b, struct range r, bool foreign, bool on_fault)
+{
+	extents_add(&b->held, r);
+	if (foreign)
+		extents_add(&b->foreign, r);
+	if (on_fault)
+		extents_add(&b->on_fault, r);
+	if (b->n_history && b->history[b->n_history - 1].end == r.start)
+		b->history[b->n_history - 1].end = r.end;
+	else if (b->n_history == EXTENTS_MAX)
+		rebuild_history(b); /* which has @r */
+	else
+		b->history[b->n_history++] = r;
+}
+
+void books_populated(struct books *b, struct range r)
+{
+	extents_remove(&b->on_fault, r);
+}
+
+void books_remove(struct books *b, struct range r)
+{
+	struct range *newest = b->n_history ? &b->history[b->n_history - 1] : NULL;
+
+	if (!extents_overlap(&b->held, r))
+		return;
+	extents_remove(&b->held, r);
+	extents_remove(&b->foreign, r);
+	extents_remove(&b->on_fault, r);
+	if (!newest || newest->end != r.end || newest->start > r.start) {
+		rebuild_history(b); /* not the newest: an unplug */
+		return;
+	}
+	newest->end = r.start;
+	if (newest->start == newest->end)
+		b->n_history--;
+}
+
+void books_keep_layout(struct books *b, const struct ram_layout *l)
+{
+	uint64_t at = 0;
+
+	for (size_t i = 0; i < l->n; i++) {
+		books_remove(b, (struct range){ at, l->v[i].host.start });
+		at = l->v[i].host.end;
+	}
+	books_remove(b, (struct range){ at, UINT64_MAX });
+}
+
+bool books_newest(const struct books *b, const struct ram_layout *l, uint64_t excess, uint64_t chunk, struct range *r,
+		  bool *foreign)
+{
+	const struct ram_block *block;
+	struct range rest, part;
+
+	if (!b->n_history)
+		return false;
+	*r = b->history[b->n_history - 1];
+	block = layout_find(l, (struct range){ r->end - 1, r->end });
+	if (!block || excess < block->page_size)
+		return false;
+	if (r->start < block->host.start) /* two blocks side by side */
+		r->start = block->host.start;
+	excess = excess / block->page_size * block->page_size;
+	if (range_size(*r) > excess)
+		r->start = r->end - excess;
+	if (block->page_size > chunk)
+		chunk = block->page_size;
+	if (range_size(*r) > chunk)
+		r->start = (r->end - 1) / chunk * chunk;
+	/* Of ours and foreign parts that alternate, the last. */
+	*foreign = false;
+	for (rest = *r; extents_part(&b->foreign, rest, &part); rest.start = part.end) {
+		*foreign = part.end == r->end;
+		r->start = *foreign ? part.start : part.end;
+	}
+	return true;
+}
+
+uint64_t books_in_vm_locked(const struct books *b, const struct ram_layout *l)
+{
+	uint64_t sum = 0;
+
+	for (size_t i = 0; i < l->n; i++)
+		if (l->v[i].backing != BACKING_HUGETLB)
+			sum += extents_overlap(&b->held, l->v[i].host) - extents_overlap(&b->foreign, l->v[i].host);
+	return sum;
+}

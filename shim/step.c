@@ -1,0 +1,192 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * One step of locking or unlocking.
+ *
+ * A step locks with mlock2(MLOCK_ONFAULT), which only marks the mapping and walks the pages that are there, and then
+ * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
+ * same with worse holds. When both have returned 0, the pages were seen resident under a lock.
+ */
+#include "step.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
+
+static const uint64_t CREDIT_NS = 50 * 1000 * 1000;
+static const uint64_t MIB = 1 << 20;
+
+uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static void *address(struct range r)
+{
+	return (void *)(uintptr_t)r.start;
+}
+
+/*
+ * System calls made directly: what counts is what the kernel did, and libc's functions can be interposed (a QEMU built
+ * with a sanitizer has an mlock() and a munlock() that do nothing).
+ */
+static int sys_mlock2(struct range r, unsigned int flags)
+{
+	return syscall(SYS_mlock2, address(r), range_size(r), flags) ? errno : 0;
+}
+
+static int sys_munlock(struct range r)
+{
+	return syscall(SYS_munlock, address(r), range_size(r)) ? errno : 0;
+}
+
+static void explain_rlimit(struct outcome *o, uint64_t limit)
+{
+	o->shortage = SHORTAGE_RLIMIT;
+	snprintf(o->text, sizeof(o->text), "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64 " KiB",
+		 limit / 1024);
+}
+
+/* Whether @cost bytes may be allocated. */
+static bool admit(struct stepper *st, uint64_t cost, struct outcome *o)
+{
+	uint64_t now = now_ns(), left;
+	enum shortage why;
+
+	if (cost <= st->credit && now < st->credit_until_ns) {
+		st->credit -= cost;
+		return true;
+	}
+	left = headroom_memory(&st->headroom, &why);
+	st->credit = left / 8;
+	st->credit_until_ns = now + CREDIT_NS;
+	if (st->credit < cost)
+		st->credit = left / 2 >= cost ? cost : 0;
+	if (cost <= st->credit) {
+		st->credit -= cost;
+		return true;
+	}
+	o->shortage = why;
+	snprintf(o->text, sizeof(o->text),
+		 why == SHORTAGE_CGROUP ? "QEMU's memory cgroup leaves %" PRIu64 " MiB" :
+					  "the host has %" PRIu64 " MiB available beyond its reserve",
+		 left / MIB);
+	return false;
+}
+
+/* Makes the pages of @r resident and writable. Returns 0 or -errno. */
+static int populate(struct stepper *st, struct range r)
+{
+	int advice = MADV_POPULATE_WRITE;
+
+	while (!st->no_populate) {
+		if (!madvise(address(r), range_size(r), advice))
+			return 0;
+		if (errno == EFAULT && advice == MADV_POPULATE_WRITE)
+			advice = MADV_POPULATE_READ; /* a backing that may not be written */
+		else if (errno == EINVAL && advice == MADV_POPULATE_WRITE)
+			st->no_populate = true;
+		else if (errno != EINTR && errno != EAGAIN)
+			return -errno;
+	}
+	return -sys_mlock2(r, 0);
+}
+
+static void explain_errno(struct stepper *st, int err, const struct step *s, const char *doing, struct outcome *o)
+{
+	uint64_t limit = headroom_memlock_limit(&st->headroom);
+	int64_t locked = headroom_vm_locked(&st->headroom);
+
+	if (limit != UINT64_MAX && (err == EPERM || (err == ENOMEM && (uint64_t)locked + range_size(s->r) > limit))) {
+		explain_rlimit(o, limit);
+		return;
+	}
+	o->shortage = err == ENOMEM ? SHORTAGE_MAP_COUNT : SHORTAGE_KERNEL;
+	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
+}
+
+static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
+{
+	uint64_t size = range_size(s->r);
+	/* Where something holds locks besides us, VmLck tells whether it holds this range. */
+	bool others = st->others_lock && !s->hugetlb;
+	int64_t before, after;
+	bool ours;
+	int err;
+
+	if (!s->hugetlb && !s->resident && !admit(st, size, o))
+		return;
+	before = others ? headroom_vm_locked(&st->headroom) : 0;
+	err = sys_mlock2(s->r, MLOCK_ONFAULT);
+	if (err) {
+		/* A failure can come after a part was locked: take that back, unless it may be another's. */
+		if (!others)
+			sys_munlock(s->r);
+		explain_errno(st, err, s, "locking guest RAM", o);
+		return;
+	}
+	after = others ? headroom_vm_locked(&st->headroom) : 0;
+	ours = !others || after - before == (int64_t)size;
+	err = s->prefault ? -populate(st, s->r) : 0;
+	if (err) {
+		if (ours)
+			sys_munlock(s->r);
+		explain_errno(st, err, s, s->hugetlb ? "allocating huge pages" : "populating guest RAM", o);
+		return;
+	}
+	o->foreign = !ours;
+}
+
+static void do_populate(struct stepper *st, const struct step *s, struct outcome *o)
+{
+	int err;
+
+	if (!admit(st, range_size(s->r), o))
+		return;
+	err = -populate(st, s->r);
+	if (err)
+		explain_errno(st, err, s, "populating guest RAM", o);
+}
+
+static void do_unlock(struct stepper *st, const struct step *s, struct outcome *o)
+{
+	int err = sys_munlock(s->r);
+
+	if (err)
+		explain_errno(st, err, s, "unlocking guest RAM", o);
+}
+
+void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
+{
+	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
+	switch (s->kind) {
+	case STEP_LOCK:
+		do_lock(st, s, o);
+		break;
+	case STEP_POPULATE:
+		do_populate(st, s, o);
+		break;
+	case STEP_UNLOCK:
+		do_unlock(st, s, o);
+		break;
+	case STEP_FORGET:
+		break;
+	case STEP_NONE:
+	case STEP_PLAN:
+	case STEP_STUCK:
+		assert(!"nothing to carry out");
+	}
+}

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* One step of locking or unlocking: the system calls, and what they came to. Knows no locker. */
+#ifndef RAMLOCK_STEP_H
+#define RAMLOCK_STEP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "extents.h"
+#include "headroom.h"
+
+enum { SHORT_TEXT = 256 };
+
+enum step_kind {
+	STEP_NONE,
+	STEP_PLAN, /* decide which bytes come next */
+	STEP_STUCK, /* there is no room in the books */
+	/* These are carried out: */
+	STEP_LOCK,
+	STEP_POPULATE, /* an on-fault lock that should be populated now */
+	STEP_UNLOCK,
+	STEP_FORGET, /* release what was never ours */
+};
+
+struct step {
+	enum step_kind kind;
+	struct range r;
+	bool hugetlb;
+	bool resident; /* the pages are there: locking them allocates nothing */
+	bool prefault;
+};
+
+/* What a step came to. */
+struct outcome {
+	enum shortage shortage; /* SHORTAGE_NONE: done. Otherwise nothing has changed */
+	bool foreign; /* the range was locked already, by somebody else */
+	char text[SHORT_TEXT]; /* why not */
+};
+
+struct stepper {
+	struct headroom headroom;
+	uint64_t credit; /* bytes that headroom_memory() granted */
+	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
+	bool others_lock; /* something in the process holds locks besides us */
+	bool no_populate; /* the kernel is older than 5.14 */
+};
+
+uint64_t now_ns(void);
+
+/* Carries out @s, of a kind from STEP_LOCK on. */
+void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o);
+
+#endif

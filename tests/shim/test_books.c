@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The books: what is held, whose it is, and what is released first. */
+#include "books.h"
+#include "check.h"
+
+enum { PAGE = 4096, PAGES = 2000, CHUNK = 16 * PAGE };
+
+static const uint64_t BASE = 0x7f0000000000;
+static struct books books;
+static struct ram_layout layout;
+
+/* Two blocks side by side. */
+static void begin(void)
+{
+	memset(&books, 0, sizeof(books));
+	layout.n = 2;
+	for (size_t i = 0; i < layout.n; i++) {
+		uint64_t start = BASE + i * PAGES * PAGE;
+
+		layout.v[i] = (struct ram_block){ .page_size = PAGE, .host = { start, start + PAGES * PAGE } };
+	}
+	layout_finish(&layout);
+}
+
+static struct range pages(uint64_t first, uint64_t n)
+{
+	return (struct range){ BASE + first * PAGE, BASE + (first + n) * PAGE };
+}
+
+/* The history holds each held byte once. */
+static void check_history(void)
+{
+	static struct extents all;
+	uint64_t sum = 0;
+
+	extents_clear(&all);
+	for (size_t i = 0; i < books.n_history; i++) {
+		sum += range_size(books.history[i]);
+		extents_add(&all, books.history[i]);
+	}
+	CHECK_EQ(sum, books.held.total);
+	CHECK_EQ(all.total, books.held.total);
+	CHECK_EQ(extents_overlap(&books.held, (struct range){ 0, UINT64_MAX }), books.held.total);
+}
+
+static void the_newest_goes_first(void)
+{
+	struct range r;
+	bool foreign;
+
+	begin();
+	books_add(&books, pages(500, 100), false, false);
+	books_add(&books, pages(10, 20), false, true);
+	CHECK(books_newest(&books, &layout, 5 * PAGE + 1, CHUNK, &r, &foreign));
+	CHECK_EQ(r.start, pages(25, 5).start);
+	CHECK_EQ(r.end, pages(25, 5).end);
+	CHECK(!foreign);
+	books_remove(&books, r);
+	CHECK_EQ(books.on_fault.total, 15 * PAGE);
+	CHECK(books_newest(&books, &layout, UINT64_MAX, CHUNK, &r, &foreign));
+	CHECK_EQ(r.end, pages(25, 0).end);
+	CHECK(range_size(r) <= CHUNK);
+	CHECK(!books_newest(&books, &layout, PAGE - 1, CHUNK, &r, &foreign));
+	check_history();
+}
+
+static void ours_and_foreign_are_told_apart(void)
+{
+	struct range r;
+	bool foreign;
+
+	begin();
+	books_add(&books, pages(16, 4), true, false);
+	books_add(&books, pages(20, 4), false, false);
+	books_add(&books, pages(24, 4), true, false);
+	CHECK_EQ(books_in_vm_locked(&books, &layout), 4 * PAGE);
+	for (int i = 0; i < 3; i++) {
+		CHECK(books_newest(&books, &layout, UINT64_MAX, CHUNK, &r, &foreign));
+		CHECK_EQ(foreign, i != 1);
+		CHECK_EQ(range_size(r), 4 * PAGE);
+		books_remove(&books, r);
+	}
+	CHECK_EQ(books.held.total, 0);
+	CHECK_EQ(books.n_history, 0);
+}
+
+static void a_step_stays_within_a_block(void)
+{
+	struct range r;
+	bool foreign;
+
+	begin();
+	books_add(&books, pages(PAGES - 3, 6), false, false);
+	CHECK(books_newest(&books, &layout, UINT64_MAX, CHUNK, &r, &foreign));
+	CHECK_EQ(r.start, layout.v[1].host.start);
+	CHECK_EQ(range_size(r), 3 * PAGE);
+}
+
+static void an_unplugged_block_leaves_the_books(void)
+{
+	begin();
+	books_add(&books, pages(PAGES + 5, 6), true, true);
+	books_add(&books, pages(0, 6), false, true);
+	books_add(&books, pages(PAGES + 100, 6), false, false);
+	layout.n = 1;
+	layout_finish(&layout);
+	books_keep_layout(&books, &layout);
+	CHECK_EQ(books.held.total, 6 * PAGE);
+	CHECK_EQ(books.foreign.total, 0);
+	CHECK_EQ(books.on_fault.total, 6 * PAGE);
+	check_history();
+}
+
+static void random_work(void)
+{
+	struct range r;
+	bool foreign;
+
+	begin();
+	srand(5);
+	for (int i = 0; i < 50000 && !books_full(&books); i++) {
+		r = pages((uint64_t)rand() % (2 * PAGES - 40), (uint64_t)rand() % 40);
+		if (rand() % 2 && extents_gap(&books.held, r, &r))
+			books_add(&books, r, rand() % 3 == 0, rand() % 3 == 0);
+		else if (rand() % 20 == 0)
+			books_remove(&books, r);
+		else if (books_newest(&books, &layout, (uint64_t)rand() % (50 * PAGE), CHUNK, &r, &foreign)) {
+			CHECK_EQ(extents_overlap(&books.held, r), range_size(r));
+			CHECK_EQ(extents_overlap(&books.foreign, r), foreign ? range_size(r) : 0);
+			CHECK(layout_find(&layout, r) != NULL);
+			books_remove(&books, r);
+		}
+		check_history();
+		if (check_failures)
+			return;
+	}
+}
+
+CHECK_MAIN(CASE(the_newest_goes_first), CASE(ours_and_foreign_are_told_apart), CASE(a_step_stays_within_a_block),
+	   CASE(an_unplugged_block_leaves_the_books), CASE(random_work))
