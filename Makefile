@@ -86,7 +86,7 @@ linted: lint-shim
 	@$(VENV)/bin/ruff check $(PYTHON_CODE)
 	@$(VENV)/bin/ruff format --check $(PYTHON_CODE)
 	@$(VENV)/bin/mypy --strict injector/ramlock
-	@$(VENV)/bin/mypy --strict tests/qemu examples benchmarks
+	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/qemu examples benchmarks
 
 .PHONY: bench
 bench: ## Measure how long QEMU is silent while memory is locked, against QEMU's own way
