@@ -125,6 +125,10 @@ def test_status_loads_neither_rich_nor_elftools(serve: Serve) -> None:
         ["status", "--json"],
         ["status", "surplus", "--pid", "1"],
         ["run"],
+        ["run", "--socket", "", "--", "no-such-program"],
+        ["set", "1G", "--socket", ""],
+        ["set", "1G", "--socket", "", "--pid", "1"],
+        ["status", "--socket", ""],
     ],
     ids=" ".join,
 )
@@ -172,6 +176,10 @@ def test_status_for_people(run: Run, serve: Serve) -> None:
         ({"state": "short", "short": {"reason": "cgroup", "desc": "full"}}, "short: full"),
         ({"state": "waiting", "waiting": {"reason": "starting", "desc": ""}}, "waiting: starting"),
         ({"state": "waiting"}, "waiting"),
+        (
+            {"launch_error": "4 GiB is more than guest RAM"},
+            "at launch     \x1b[31mnot set: 4 GiB is more than guest RAM",
+        ),
         ({"prefault": False}, "on fault"),
         ({"blocks": []}, "state"),
     ],
