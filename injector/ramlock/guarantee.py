@@ -37,6 +37,8 @@ STALL_TIME = 120.0
 """Seconds without any progress after which locking is given up on when the caller sets no time limit."""
 _POLL = 1.0
 _START_POLL = 0.1
+LAST_LOOK = 1.0
+"""Seconds for one more query after the deadline, to say what was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline) ->
     """Set the guarantee of the VM whose QEMU is `pid`; return its state right after.
 
     Waits while guest RAM is not known yet. Raises Refused (LimitTooLow) and NoPermission when nothing was changed,
-    Superseded when someone else set another one in the same moment.
+    Superseded when someone else set another one in the same moment, TimedOut when it is set and nothing more is known,
+    NoAnswer when the shim did not answer in time.
     """
     started = deadline.within(START_TIME)
     while True:
@@ -75,13 +78,21 @@ def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline) ->
         arguments = wish.arguments(before.ram)
         may_raise = _raise_limit(before, wish, pid)
         try:
-            client.execute("set_ram_minguarantee", arguments, deadline=Deadline(ANSWER_TIME))
+            client.execute("set_ram_minguarantee", arguments, deadline=deadline.within(ANSWER_TIME))
         except CommandError as error:
-            if error.reason == "waiting" and not started.expired:
+            if error.reason == "waiting" and started.remaining > 2 * _START_POLL:
                 time.sleep(_START_POLL)
                 continue
             raise _refusal(error, before, wish, may_raise) from error
-        after = query(client)
+        try:
+            after = query(client, deadline)
+        except NoAnswer:
+            if not deadline.expired:
+                raise
+            raise TimedOut(
+                "the guarantee is set; how much of it is reached was not answered in time",
+                "see how far it is with ramlock status",
+            ) from None
         if after.generation > before.generation + 1 and not _matches(after, arguments):
             raise _superseded(after)
         return after
@@ -111,7 +122,7 @@ def follow(
             raise _timed_out(now, f"and nothing has changed for {STALL_TIME:.0f} s")
         _wait_for_news(client, now, deadline.within(_POLL), show)
         try:
-            latest = query(client, deadline if not deadline.expired else None)
+            latest = query(client, Deadline(LAST_LOOK) if deadline.expired else deadline)
         except NoAnswer:
             if deadline.expired:
                 raise _timed_out(now, "in time") from None
@@ -151,15 +162,16 @@ def _wait_for_news(client: Client, now: Guarantee, until: Deadline, show: Callab
 
 
 def _known(client: Client, deadline: Deadline) -> Guarantee:
-    """Query until guest RAM is known. Raises Refused when that does not come."""
-    while (now := query(client)).state is State.WAITING:
+    """Query until guest RAM is known. Raises Refused when that does not come, NoAnswer when no answer does."""
+    while (now := query(client, deadline)).state is State.WAITING:
         reason = now.why.reason if now.why else "starting"
         if reason == "no-symbols":
             raise Refused(
                 "this QEMU does not export its symbols, its guest RAM is not known; nothing was changed",
                 "use a QEMU that exports them, such as a distribution's build with modules",
             )
-        if deadline.expired:
+        # With nothing left for the next answer this one is the last.
+        if deadline.remaining <= 2 * _START_POLL:
             raise Refused(
                 "the VM is still starting, its guest RAM is not known yet; nothing was changed",
                 "try again, or allow more time with --timeout",

@@ -70,7 +70,7 @@ def command(
     chosen = selector(pid, vm, socket)
     deadline = Deadline(timeout)
     patience = guarantee.START_TIME if timeout is None else timeout
-    with vms.session(chosen, patience=patience) as found:
+    with vms.session(chosen, patience=patience, deadline=deadline) as found:
         placed = _place(found, guarantee.Wish(size, order, prefault), deadline)
         now = placed
         if wait:
@@ -87,7 +87,7 @@ def command(
             except (Short, TimedOut):
                 if as_json:
                     with suppress(ControlError):
-                        emit_json(guarantee.query(found.client).raw)
+                        emit_json(guarantee.query(found.client, Deadline(guarantee.LAST_LOOK)).raw)
                 raise
         if as_json:
             emit_json(now.raw)
