@@ -21,6 +21,7 @@ from ramlock.errors import (
     NoAnswer,
     NoPermission,
     NotFound,
+    NotOurs,
     Refused,
     Short,
     Superseded,
@@ -65,18 +66,22 @@ def query(client: Client, deadline: Deadline | None = None) -> Guarantee:
     return reply.parse(client.execute("query-ram-minguarantee", deadline=deadline.within(ANSWER_TIME)))
 
 
-def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline) -> Guarantee:
+def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline, vouched: bool = False) -> Guarantee:
     """Set the guarantee of the VM whose QEMU is `pid`; return its state right after.
 
+    `vouched` is whether the caller named that process: one that is only found behind a socket gets no higher limit
+    unless it looks like QEMU.
+
     Waits while guest RAM is not known yet. Raises Refused (LimitTooLow) and NoPermission when nothing was changed,
-    Superseded when someone else set another one in the same moment, TimedOut when it is set and nothing more is known,
+    NotOurs when such a process needs a higher limit, Superseded when someone else set another one in the same moment,
+    TimedOut when it is set and nothing more is known,
     NoAnswer when the shim did not answer in time.
     """
     started = deadline.within(START_TIME)
     while True:
         before = _known(client, started)
         arguments = wish.arguments(before.ram)
-        may_raise = _raise_limit(before, wish, pid)
+        may_raise = _raise_limit(before, wish, pid, vouched)
         try:
             client.execute("set_ram_minguarantee", arguments, deadline=deadline.within(ANSWER_TIME))
         except CommandError as error:
@@ -180,18 +185,28 @@ def _known(client: Client, deadline: Deadline) -> Guarantee:
     return now
 
 
-def _raise_limit(before: Guarantee, wish: Wish, pid: int | None) -> bool:
+def _raise_limit(before: Guarantee, wish: Wish, pid: int | None, vouched: bool) -> bool:
     """Raise QEMU's RLIMIT_MEMLOCK when the wish needs it; tell whether our rights sufficed.
 
-    From outside, because QEMU's sandbox forbids it inside.
+    From outside, because QEMU's sandbox forbids it inside. Raises NotOurs when it would be a stranger's.
     """
     if before.memlock_limit is None or pid is None:
         return True
+    if wish.size.resolve(before.ram) > before.ram:
+        return True  # the shim will refuse that, and then nothing shall be touched
     try:
-        need = limit_needed(before, wish, procfs.read(pid).locked)
+        process = procfs.read(pid)
+        need = limit_needed(before, wish, process.locked)
         if need is not None and need <= before.memlock_limit:
             return True
+        if not vouched and not procfs.looks_like_qemu(process.exe, process.cmdline):
+            raise NotOurs(
+                f"process {pid}, which serves that socket, does not look like QEMU; its locked-memory limit stays",
+                f"if it is the VM, say so with --pid {pid}",
+            )
         reached = host.raise_memlock(pid, need)
+    except NotOurs:
+        raise
     except (PermissionError, ProcessLookupError, NotFound):
         return False
     return reached is None or (need is not None and reached >= need)

@@ -71,7 +71,7 @@ def command(
     deadline = Deadline(timeout)
     patience = guarantee.START_TIME if timeout is None else timeout
     with vms.session(chosen, patience=patience, deadline=deadline) as found:
-        placed = _place(found, guarantee.Wish(size, order, prefault), deadline)
+        placed = _place(found, guarantee.Wish(size, order, prefault), deadline, vouched=socket is None)
         now = placed
         if wait:
             try:
@@ -95,9 +95,9 @@ def command(
             emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
 
 
-def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline) -> Guarantee:
+def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, vouched: bool) -> Guarantee:
     try:
-        return guarantee.place(found.client, wish, pid=found.pid, deadline=deadline)
+        return guarantee.place(found.client, wish, pid=found.pid, deadline=deadline, vouched=vouched)
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted while the guarantee was being set", "see with ramlock status whether it was"
