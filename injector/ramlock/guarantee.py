@@ -28,7 +28,7 @@ from ramlock.errors import (
     TimedOut,
 )
 from ramlock.reply import Guarantee, State
-from ramlock.sizes import Size, format_size
+from ramlock.sizes import Size, format_apart, format_size
 
 ANSWER_TIME = 10.0
 """Seconds that a shim has to answer a command."""
@@ -140,8 +140,9 @@ def follow(
 def short(now: Guarantee) -> Short:
     """Return the error that says why `now` is short."""
     desc = f": {now.why.desc or now.why.reason}" if now.why else ""
+    held, requested = format_apart(now.held, now.requested)
     return Short(
-        f"{format_size(now.held)} of {format_size(now.requested)} can be locked now{desc}",
+        f"{held} of {requested} can be locked now{desc}",
         _SHORT_HINTS.get(now.why.reason if now.why else "", "the guarantee stays set; see ramlock status"),
     )
 
@@ -225,16 +226,19 @@ def limit_needed(before: Guarantee, wish: Wish, locked: int) -> int | None:
 
 def _refusal(error: CommandError, before: Guarantee, wish: Wish, may_raise: bool) -> Refused | NoPermission:
     """Turn the shim's refusal into what the user can act upon; in every case the former guarantee is intact."""
-    asked = format_size(wish.size.resolve(before.ram)) + ("" if wish.size.kind == "bytes" else f" ({wish.size})")
+    size = wish.size.resolve(before.ram)
+    said = "" if wish.size.kind == "bytes" else f" ({wish.size})"
     if error.reason == "range":
-        return Refused(f"{asked} is more than the guest RAM of {format_size(before.ram)}", "ask for less, or say all")
+        asked, ram = format_apart(size, before.ram)
+        return Refused(f"{asked}{said} is more than the guest RAM of {ram}", "ask for less, or say all")
     if error.reason == "no-ram":
         return Refused("this VM has no guest RAM that could be locked", "give the VM memory (-m)")
     if error.reason == "waiting":
         return Refused("the VM is still starting, its guest RAM is not known yet", "try again in a moment")
     if error.reason == "rlimit":
-        limit = "" if before.memlock_limit is None else f" of {format_size(before.memlock_limit)}"
-        what = f"{asked} is more than QEMU's locked-memory limit{limit} allows"
+        asked, limit = format_apart(size, before.memlock_limit or 0)
+        of = "" if before.memlock_limit is None else f" of {limit}"
+        what = f"{asked}{said} is more than QEMU's locked-memory limit{of} allows"
         # To a root without CAP_SYS_RESOURCE there is no better user to send to.
         if not may_raise and os.geteuid() != 0:
             return NoPermission(what + ", and this user may not raise it", "run ramlock set as root")
@@ -256,7 +260,8 @@ def _superseded(now: Guarantee) -> Superseded:
 
 
 def _timed_out(now: Guarantee, how: str) -> TimedOut:
+    held, requested = format_apart(now.held, now.requested)
     return TimedOut(
-        f"{format_size(now.held)} of {format_size(now.requested)} reached {how}; the guarantee stays set",
+        f"{held} of {requested} reached {how}; the guarantee stays set",
         "see how far it is with ramlock status",
     )

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from ramlock import elf, host, procfs, shim
 from ramlock.errors import CannotPreload, LimitTooLow, UsageError
-from ramlock.sizes import Size, format_size
+from ramlock.sizes import Size, format_apart
 from ramlock.text import printable
 
 SYMBOLS = frozenset({"qemu_get_aio_context", "qemu_ram_foreach_block", "qemu_ram_get_idstr"})
@@ -128,7 +128,8 @@ def _raise_limit(options: Options) -> None:
     if limit is None or wanted is None or wanted.kind != "bytes" or wanted.value <= limit:
         return
     if not host.locks_freely_after_exec():
+        allowed, asked = format_apart(limit, wanted.value)
         raise LimitTooLow(
-            f"the locked-memory limit of {format_size(limit)} is below the guarantee of {wanted}",
+            f"the locked-memory limit of {allowed} is below the guarantee of {asked}",
             "raise it (ulimit -l as root, LimitMEMLOCK= in systemd, limits.conf), or run ramlock as root",
         )

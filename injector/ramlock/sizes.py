@@ -16,6 +16,7 @@ MAX_SIZE = (1 << 63) - 1
 """No size can be larger: the kernel keeps file and memory sizes in signed 64 bits."""
 
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB, "t": TIB, "tib": TIB}
+_NAMES = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"), (1, "B"))
 _DECIMAL_UNITS = {"kb": "KiB", "mb": "MiB", "gb": "GiB", "tb": "TiB"}
 _SIZE = r"([0-9]+)(?:\.([0-9]+))?\s*([A-Za-z]*|%)"
 _EXAMPLES = "write it like 512M, 2G, 1.5GiB, 50% or all"
@@ -88,9 +89,23 @@ def _percent(whole: str, fraction: str, shown: str) -> Size:
 
 def format_size(size: int) -> str:
     """Say `size` bytes for people: "1.5 GiB". Two decimals tell that it was rounded ("1.00 GiB" is not quite 1 GiB)."""
-    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for unit, name in _NAMES[:-1]:
         if abs(size) >= unit:
             if size % unit == 0:
                 return f"{size // unit} {name}"
             return f"{size / unit:.1f} {name}" if size * 10 % unit == 0 else f"{size / unit:.2f} {name}"
     return f"{size} B"
+
+
+def format_apart(one: int, other: int) -> tuple[str, str]:
+    """Say two sizes that are compared: in a smaller unit when they differ and rounding would make them look alike."""
+    shown = format_size(one), format_size(other)
+    if one == other or _read_back(shown[0]) != _read_back(shown[1]):
+        return shown
+    unit, name = next((unit, name) for unit, name in _NAMES if one % unit == other % unit == 0)
+    return f"{one // unit} {name}", f"{other // unit} {name}"
+
+
+def _read_back(shown: str) -> float:
+    number, name = shown.split()
+    return float(number) * _UNITS[name.lower()]

@@ -109,6 +109,11 @@ def test_refusals(session: Sessions, desc: str, kind: type[RamlockError], code: 
     assert error.value.hint
 
 
+def test_a_refusal_shows_what_the_difference_is(session: Sessions) -> None:
+    with pytest.raises(Refused, match="2049 MiB is more than the guest RAM of 2048 MiB"):
+        place(session(Shim(refuse="[range] x")), "2049M")
+
+
 def test_when_our_rights_lack(session: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shim refuses for the limit, and the limit is another user's to raise."""
     shim = Shim(reply(memlock_limit=8 << 20), refuse="[rlimit] x")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramlock.errors import SizeError
-from ramlock.sizes import GIB, KIB, MAX_SIZE, MIB, TIB, Size, format_size, parse_size
+from ramlock.sizes import GIB, KIB, MAX_SIZE, MIB, TIB, Size, format_apart, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -137,3 +137,27 @@ def test_what_is_formatted_exactly_reads_back(number: int, unit: str) -> None:
 @given(st.integers(0, 100), st.integers(0, MAX_SIZE))
 def test_a_percentage_is_never_more_than_there_is(percent: int, ram: int) -> None:
     assert 0 <= parse_size(f"{percent}%").resolve(ram) <= ram
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shown"),
+    [
+        (2 * GIB, GIB, ("2 GiB", "1 GiB")),
+        (GIB, GIB, ("1 GiB", "1 GiB")),
+        (GIB + 1, GIB + 1, ("1.00 GiB", "1.00 GiB")),
+        (1025 * MIB, GIB, ("1025 MiB", "1024 MiB")),
+        (GIB, GIB + 4096, ("1048576 KiB", "1048580 KiB")),
+        (GIB + 1, GIB, ("1073741825 B", "1073741824 B")),
+        (GIB - 1, GIB, ("1073741823 B", "1073741824 B")),
+        (5 * MIB, GIB, ("5 MiB", "1 GiB")),
+        (0, 1, ("0 B", "1 B")),
+    ],
+)
+def test_two_sizes_that_are_compared(one: int, other: int, shown: tuple[str, str]) -> None:
+    assert format_apart(one, other) == shown
+
+
+@given(st.integers(0, 1 << 64), st.integers(-4096, 4096))
+def test_two_sizes_look_alike_only_when_they_are(one: int, more: int) -> None:
+    shown = format_apart(one, max(one + more, 0))
+    assert (shown[0] == shown[1]) is (one == max(one + more, 0))
