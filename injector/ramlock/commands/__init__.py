@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 
 from ramlock import __version__, streams
-from ramlock.errors import RamlockError
+from ramlock.errors import Interrupted, RamlockError
 from ramlock.text import printable
 
 VERBS = {
@@ -79,11 +79,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(argv: Sequence[str] | None) -> int:
     streams.settle()
+    done = False
     try:
         code = cli.main(args=argv, prog_name="ramlock", standalone_mode=False)
+        done = True
         _flush_output()
         return code if isinstance(code, int) else 0
     except RamlockError as error:
+        if isinstance(error, Interrupted):
+            _discard_output()  # what could not be written until now would be waited for again on the way out
         _tell(error.message, error.hint)
         return error.exit_code
     except click.UsageError as error:
@@ -94,7 +98,11 @@ def _run(argv: Sequence[str] | None) -> int:
         _tell(error.format_message(), "see ramlock --help")
         return 1
     except (KeyboardInterrupt, click.Abort):
-        _tell("interrupted before anything was changed", "run it again")
+        _discard_output()
+        if done:
+            _tell("interrupted while the output was written", "what was asked has been done")
+        else:
+            _tell("interrupted before anything was changed", "run it again")
         return 130
     except BrokenPipeError:
         _discard_output()  # whoever read it has seen enough

@@ -72,27 +72,31 @@ def command(
     patience = guarantee.START_TIME if timeout is None else timeout
     with vms.session(chosen, patience=patience, deadline=deadline) as found:
         placed = _place(found, guarantee.Wish(size, order, prefault), deadline, vouched=socket is None)
-        now = placed
-        if wait:
-            try:
-                with _progress(found.label, placed) as show:
-                    now = guarantee.follow(
-                        found.client, placed, deadline=deadline, patient=timeout is not None, show=show
-                    )
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    f"no longer waiting; the guarantee stays at {format_size(placed.requested)}",
-                    "watch it with ramlock status, or set another one",
-                ) from None
-            except (Short, TimedOut):
-                if as_json:
-                    with suppress(ControlError):
-                        emit_json(guarantee.query(found.client, Deadline(guarantee.LAST_LOOK)).raw)
-                raise
-        if as_json:
-            emit_json(now.raw)
-        else:
-            emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
+        try:
+            _report(found, placed, deadline if wait else None, patient=timeout is not None, as_json=as_json)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; the guarantee is set and stays at {format_size(placed.requested)}",
+                "watch it with ramlock status, or set another one",
+            ) from None
+
+
+def _report(found: vms.Vm, placed: Guarantee, until: Deadline | None, *, patient: bool, as_json: bool) -> None:
+    """Wait for the guarantee `placed`, unless `until` is None, and print what came of it."""
+    now = placed
+    if until is not None:
+        try:
+            with _progress(found.label, placed) as show:
+                now = guarantee.follow(found.client, placed, deadline=until, patient=patient, show=show)
+        except (Short, TimedOut):
+            if as_json:
+                with suppress(ControlError):
+                    emit_json(guarantee.query(found.client, Deadline(guarantee.LAST_LOOK)).raw)
+            raise
+    if as_json:
+        emit_json(now.raw)
+    else:
+        emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
 
 
 def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, vouched: bool) -> Guarantee:
