@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any, NamedTuple, NoReturn
 
 from ramlock.deadline import Deadline
-from ramlock.errors import CommandError, ControlError, Disconnected, NoAnswer, NotOurs, ProtocolError
+from ramlock.errors import CommandError, ControlError, Disconnected, NoAnswer, NotOurs, ProtocolError, TurnedAway
 from ramlock.text import printable
 
 MAX_LINE = 1 << 20
@@ -66,14 +66,21 @@ class Client:
     def greet(self, deadline: Deadline) -> None:
         """Read the greeting, make sure that it is a shim's, and negotiate. Nothing is sent to a stranger.
 
-        Raises NotOurs when something else serves the socket, Disconnected when it closes without a word (a shim does
-        that to users whom it does not serve), NoAnswer when it stays silent.
+        Raises NotOurs when something else serves the socket, TurnedAway when the shim has no place left, Disconnected
+        when it closes without a word (a shim does that to users whom it does not serve), NoAnswer when it stays silent.
         """
         self._need(State.NEW)
         try:
             greeting = self._receive(deadline)
         except ProtocolError:
             self._not_ours("does not speak QMP")
+        if "QMP" not in greeting and (desc := _member(greeting, "error").get("desc")):
+            self._break(
+                TurnedAway(
+                    f"{self.where} takes no further client now: {printable(str(desc))}",
+                    "close idle clients of that socket, then try again; it has places for 16",
+                )
+            )
         version = _member(_member(greeting, "QMP"), "version")
         package = version.get("package")
         if not isinstance(package, str) or not package.startswith("ramlock "):

@@ -17,6 +17,7 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
      +-- ControlError        1  the conversation with the shim failed; its state is unknown
      |    +-- NoAnswer       1    ... no answer within the deadline
      |    +-- Disconnected   1    ... the shim hung up
+     |    +-- TurnedAway     1    ... the shim takes no more clients; nothing was asked of it
      |    +-- ProtocolError  1    ... what came is not what docs/protocol.md promises
      +-- CommandError        1  the shim answered a command with an error; nothing changed
      +-- Superseded          1  someone else set another guarantee while we waited
@@ -102,6 +103,10 @@ class NoAnswer(ControlError):
 
 class Disconnected(ControlError):
     """The shim closed the connection."""
+
+
+class TurnedAway(ControlError):
+    """The shim answered the connection with an error in place of its greeting: all of its places are taken."""
 
 
 class ProtocolError(ControlError):

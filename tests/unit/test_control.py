@@ -13,7 +13,7 @@ import pytest
 
 from ramlock.control import MAX_EVENTS, MAX_LINE, Client, State
 from ramlock.deadline import Deadline
-from ramlock.errors import CommandError, ControlError, Disconnected, NoAnswer, NotOurs, ProtocolError
+from ramlock.errors import CommandError, ControlError, Disconnected, NoAnswer, NotOurs, ProtocolError, TurnedAway
 from tests.unit.conftest import GREETING, Behaviour, Serve, Shim, requests, send
 
 SOON = 0.3
@@ -93,6 +93,8 @@ def test_calls_in_the_wrong_state_are_refused(serve: Serve) -> None:
         b'{"QMP": {"version": "1", "capabilities": []}}\r\n',
         b'{"QMP": []}\r\n',
         b"{}\r\n",
+        b'{"error": "unauthorized"}\r\n',
+        b'{"error": {"code": 401}}\r\n',
         b"[]\r\n",
         b"null\r\n",
         b"SSH-2.0-OpenSSH_9.2\r\n",
@@ -106,7 +108,7 @@ def test_calls_in_the_wrong_state_are_refused(serve: Serve) -> None:
         b'{"QMP": NaN}\n',
         b"x" * (MAX_LINE + 70_000),
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_a_stranger_is_told_nothing(serve: Serve, greeting: bytes) -> None:
     heard: list[bytes] = []
@@ -156,6 +158,17 @@ def test_a_server_that_never_reads_does_not_block(serve: Serve) -> None:
         session.greet(Deadline(5))
         with pytest.raises(NoAnswer):
             session.execute("x", {"filler": "x" * (8 << 20)}, deadline=Deadline(SOON))
+
+
+def test_no_place_left(serve: Serve) -> None:
+    def behave(sock: socket.socket) -> None:
+        send(sock, {"error": {"class": "GenericError", "desc": "too many\x1b clients"}})
+
+    with client(serve(behave)) as session:
+        with pytest.raises(TurnedAway, match=r"too many\\x1b clients") as error:
+            session.greet(Deadline(5))
+        assert error.value.exit_code == 1
+        assert "close idle clients" in error.value.hint
 
 
 def test_hanging_up_before_the_greeting(serve: Serve) -> None:

@@ -12,9 +12,19 @@ import pytest
 
 from ramlock import guarantee, vms
 from ramlock.deadline import Deadline
-from ramlock.errors import ControlError, Disconnected, NoAnswer, NoPermission, NotFound, Refused, UsageError, VmGone
+from ramlock.errors import (
+    ControlError,
+    Disconnected,
+    NoAnswer,
+    NoPermission,
+    NotFound,
+    Refused,
+    TurnedAway,
+    UsageError,
+    VmGone,
+)
 from ramlock.vms import Selector
-from tests.unit.conftest import Serve, Shim
+from tests.unit.conftest import Serve, Shim, send
 from tests.unit.test_procfs import make
 
 # A process with the shim's socket, after a while; it ends when it is asked for the state of the guarantee.
@@ -138,6 +148,13 @@ def test_turned_away_without_a_greeting(serve: Serve, monkeypatch: pytest.Monkey
     assert error.value.exit_code == 7
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(Disconnected), vms.session(Selector(socket=path)):
+        pass
+
+
+def test_no_place_left_is_no_matter_of_rights(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = serve(lambda sock: send(sock, {"error": {"class": "GenericError", "desc": "too many clients"}}))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(TurnedAway, match="too many clients"), vms.session(Selector(socket=path)):
         pass
 
 
