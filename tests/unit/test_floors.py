@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "injector" / "ramlock"
 FLOORS = [
-    {"errors", "text"},
+    {"errors", "streams", "text"},
     {"deadline", "sizes"},
     {"procfs", "elf", "control", "reply", "shim"},
     {"host", "endpoint"},
