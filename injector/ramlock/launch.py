@@ -13,7 +13,9 @@ from ramlock.errors import CannotPreload, LimitTooLow, UsageError
 from ramlock.sizes import Size, format_apart
 from ramlock.text import printable
 
-SYMBOLS = frozenset({"qemu_get_aio_context", "qemu_ram_foreach_block", "qemu_ram_get_idstr"})
+QEMU_ONLY = "ram_list"
+"""A symbol that nothing but a QEMU system emulator exports, and by which the shim knows one."""
+SYMBOLS = frozenset({QEMU_ONLY, "qemu_get_aio_context", "qemu_ram_foreach_block", "qemu_ram_get_idstr"})
 """Some of what the shim finds guest RAM with; a QEMU exports all of it or nothing."""
 MAX_SOCKET_PATH = 107
 """Bytes of the longest path that an address of unix(7) holds."""
@@ -49,6 +51,7 @@ def prepare(command: Sequence[str], options: Options, environ: Mapping[str, str]
     library = shim.find(environ)
     facts = elf.read(program, SYMBOLS)
     elf.check_preload(facts, elf.read(library))
+    _check_qemu(facts)
     _raise_limit(options)
     warnings = []
     if facts.exported != SYMBOLS:
@@ -119,6 +122,20 @@ def own_environ(environ: Mapping[str, str], proc: Path = procfs.PROC) -> dict[st
     """Return our environment without the LC_CTYPE that Python sets for itself in the C locale (PEP 538)."""
     before = procfs.environ(os.getpid(), proc)
     return {key: value for key, value in environ.items() if key != "LC_CTYPE" or before is None or key in before}
+
+
+def _check_qemu(facts: elf.Elf) -> None:
+    """Refuse a program that is a QEMU system emulator neither by its name nor by what it exports.
+
+    Guest RAM would be guaranteed in none, and a program that only starts QEMU would be given rights meant for QEMU.
+    Raises CannotPreload.
+    """
+    names = str(facts.path), os.path.realpath(facts.path)
+    if QEMU_ONLY not in facts.exported and not any(procfs.looks_like_qemu(name, ()) for name in names):
+        raise CannotPreload(
+            f"{printable(str(facts.path))} is no QEMU system emulator",
+            "if it starts QEMU, put ramlock run between the two: taskset -c 1 ramlock run -- qemu-system-x86_64 ...",
+        )
 
 
 def _raise_limit(options: Options) -> None:

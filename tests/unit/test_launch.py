@@ -93,9 +93,9 @@ def run(shim: Path, *words: str, prepare: tuple[str, ...] = ()) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
 
 
-def test_the_process_becomes_the_program(shim: Path) -> None:
+def test_the_process_becomes_the_program(shim: Path, tmp_path: Path) -> None:
     script = 'echo $$; trap "" HUP; grep -E "^Sig(Ign|Blk)" /proc/$$/status; ulimit -Sl; ulimit -Hl; echo "$0" "$@"'
-    command = [sys.executable, "-m", "ramlock", "run", "--", "bash", "-c", script, "qemu", "-m", "--json", "64"]
+    command = [sys.executable, "-m", "ramlock", "run", "--", qemu(tmp_path), "-c", script, "qemu", "-m", "--json", "64"]
     environ = {**os.environ, "RAMLOCK_SHIM": str(shim)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
     out, err = process.communicate(timeout=60)
@@ -112,29 +112,31 @@ def test_the_process_becomes_the_program(shim: Path) -> None:
     assert "does not export its symbols" in err
 
 
-def test_without_the_dashes_the_rest_is_still_the_programs(shim: Path) -> None:
-    result = run(shim, "--order", "address", "env", "--", "printenv", "RAMLOCK_ORDER")
-    assert result.stdout.split()[-1] == "address"
+def test_without_the_dashes_the_rest_is_still_the_programs(shim: Path, tmp_path: Path) -> None:
+    result = run(shim, "--order", "address", qemu(tmp_path), "-c", 'echo "$RAMLOCK_ORDER" "$@"', "--", "--order", "x")
+    assert result.stdout.splitlines()[-1] == "address --order x"
 
 
-def test_python_leaves_no_locale_behind(shim: Path) -> None:
-    result = run(shim, "--", "printenv", prepare=("env", "-i", "PATH=/usr/bin:/bin", f"RAMLOCK_SHIM={shim}"))
+def test_python_leaves_no_locale_behind(shim: Path, tmp_path: Path) -> None:
+    words = ("--", qemu(tmp_path), "-c", "export -p")
+    result = run(shim, *words, prepare=("env", "-i", "PATH=/usr/bin:/bin", f"RAMLOCK_SHIM={shim}"))
     assert "LD_PRELOAD=" in result.stdout
     assert "LC_CTYPE" not in result.stdout
 
 
-def test_a_limit_that_cannot_suffice(shim: Path) -> None:
+def test_a_limit_that_cannot_suffice(shim: Path, tmp_path: Path) -> None:
     # Without the capabilities in the bounding set, root is bound by the limit as anyone is.
     drop = ("setpriv", "--bounding-set=-ipc_lock,-sys_resource", "--") if os.getuid() == 0 else ()
     if drop and shutil.which("setpriv") is None:
         absent("setpriv is not here", "util-linux")
     limited = (*drop, "bash", "-c", 'ulimit -l 1024 && exec "$@"', "bash")
-    result = run(shim, "--guarantee", "2M", "--", "true", prepare=limited)
+    program = ("--", qemu(tmp_path), "-c", "true")
+    result = run(shim, "--guarantee", "2M", *program, prepare=limited)
     assert result.returncode == 4, result.stderr
     assert "1 MiB is below the guarantee of 2 MiB" in result.stderr
     assert "hello" not in result.stdout
-    assert run(shim, "--guarantee", "1M", "--", "true", prepare=limited).returncode == 0
-    assert run(shim, "--guarantee", "all", "--", "true", prepare=limited).returncode == 0
+    assert run(shim, "--guarantee", "1M", *program, prepare=limited).returncode == 0
+    assert run(shim, "--guarantee", "all", *program, prepare=limited).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,9 @@ def test_a_limit_that_cannot_suffice(shim: Path) -> None:
         (["--", "no-such-program-here"], 4),
         (["--", __file__], 4),
         (["--", "/etc"], 4),
+        (["--", "true"], 4),
+        (["--", "/bin/true"], 4),
+        (["--", "env", "true"], 4),
     ],
 )
 def test_refusals(shim: Path, words: list[str], code: int) -> None:
@@ -173,3 +178,28 @@ def test_closed_streams_are_not_left_to_the_next_file(shim: Path, tmp_path: Path
         if word in closed.split():
             assert streams[number] == os.devnull
     assert streams[3:] == ["closed", "closed"], "nothing that ramlock opened stays"
+
+
+def test_a_program_that_only_starts_qemu(shim: Path, tmp_path: Path) -> None:
+    result = run(shim, "--", "env", qemu(tmp_path), "-c", "echo started")
+    assert result.returncode == 4
+    assert "is no QEMU system emulator" in result.stderr
+    assert "ramlock run -- qemu-system-x86_64" in result.stderr
+    assert result.stdout == ""
+
+
+def test_qemu_by_another_name(shim: Path, tmp_path: Path) -> None:
+    """A link to it has its name, and what exports its symbols is one whatever it is called."""
+    link = tmp_path / "vm"
+    link.symlink_to(qemu(tmp_path))
+    result = run(shim, "--", str(link), "-c", "echo started")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "started")
+    assert "does not export its symbols" in result.stderr
+    source = tmp_path / "vm.c"
+    source.write_text(
+        '#include <stdio.h>\nint ram_list[4];\nint main(void) { return ram_list[0] + puts("started") < 0; }\n'
+    )
+    program = tmp_path / "my-own-build"
+    subprocess.run(["gcc", "-rdynamic", "-o", str(program), str(source)], check=True)
+    result = run(shim, "--", str(program))
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "started")
