@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <json-c/json.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef void command_fn(struct commands *c, struct json_object *arguments, struct qmp_reply *r);
 
@@ -188,6 +189,29 @@ static void query_version(struct commands *c, struct json_object *arguments, str
 	r->value = qmp_version();
 }
 
+static void query_ramlock(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	(void)arguments;
+	r->value = json_object_new_object();
+	add_string(r->value, "version", RAMLOCK_VERSION);
+	add_size(r->value, "pid", (uint64_t)getpid());
+	add_string(r->value, "entry", c->injected ? "injected" : "preloaded");
+	if (c->injected)
+		add_size(r->value, "started-ns", *c->started_ns);
+}
+
+/* Answers first; the shim leaves when the guarantee has been released. */
+static void ramlock_eject(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	const struct wish none = { .prefault = true };
+	char text[SHORT_TEXT];
+
+	(void)arguments;
+	locker_set(c->locker, &none, text); /* nothing is never refused */
+	c->eject = true;
+	r->value = json_object_new_object();
+}
+
 static command_fn query_commands;
 
 static const struct command table[] = {
@@ -199,6 +223,8 @@ static const struct command table[] = {
 	    { "prefault", json_type_boolean } } },
 	{ "query-ram-minguarantee", query_ram_minguarantee, { { 0 } } },
 	{ "query-ram-blocks", query_ram_blocks, { { 0 } } },
+	{ "query-ramlock", query_ramlock, { { 0 } } },
+	{ "ramlock-eject", ramlock_eject, { { 0 } } },
 	{ "query-version", query_version, { { 0 } } },
 	{ "query-commands", query_commands, { { 0 } } },
 };

@@ -169,7 +169,10 @@ int control_init(struct control *c, const struct config *config, const struct qm
 void control_deinit(struct control *c)
 {
 	for (size_t i = 0; i < CLIENTS_MAX; i++)
-		fd_close(c->clients[i].fd);
+		if (c->clients[i].fd >= 0) {
+			close(c->clients[i].fd);
+			qmp_deinit(&c->clients[i].qmp);
+		}
 	fd_close(c->listener);
 	fd_close(c->wake);
 	fd_close(c->epoll);

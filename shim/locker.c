@@ -319,7 +319,7 @@ static void wait_short(struct locker *l)
 	uint64_t generation = l->generation, layout_generation = l->layout_generation;
 	uint64_t deadline = now_ns() + l->retry_ns;
 
-	while (generation == l->generation && layout_generation == l->layout_generation)
+	while (!l->stop && generation == l->generation && layout_generation == l->layout_generation)
 		if (wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
 			break;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
@@ -334,7 +334,7 @@ void *locker_run(void *arg)
 	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every gap */
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
-	for (;;) {
+	while (!l->stop) {
 		struct step s;
 
 		choose(l, &s);
@@ -364,9 +364,10 @@ void *locker_run(void *arg)
 		 */
 		if (l->state == LOCKER_SHORT && l->shortage != SHORTAGE_NO_RAM)
 			wait_short(l);
-		else
+		else if (!l->stop)
 			pthread_cond_wait(&l->wake, &l->mutex);
 	}
+	pthread_mutex_unlock(&l->mutex);
 	return NULL;
 }
 
@@ -508,6 +509,24 @@ void locker_remove(struct locker *l, struct range gone)
 			if (wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
 				break;
 	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+bool locker_is_released(struct locker *l)
+{
+	bool released;
+
+	pthread_mutex_lock(&l->mutex);
+	released = !l->books.held.total && !l->wish.all && !l->wish.lock_ram_size;
+	pthread_mutex_unlock(&l->mutex);
+	return released;
+}
+
+void locker_stop(struct locker *l)
+{
+	pthread_mutex_lock(&l->mutex);
+	l->stop = true;
+	pthread_cond_signal(&l->wake);
 	pthread_mutex_unlock(&l->mutex);
 }
 

@@ -48,6 +48,7 @@ struct locker {
 	void (*notify)(void *opaque); /* tells that `events` has news; called with the mutex held */
 	void *opaque;
 
+	bool stop; /* the thread is to end */
 	struct wish wish;
 	uint64_t generation; /* counts wishes */
 	bool known; /* layout is valid */
@@ -81,7 +82,7 @@ struct locker {
 /* Prepares @l with the mutex unlocked. @notify is called with news, with the mutex held: it must not block. */
 void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque);
 
-/* The thread's body; never returns. @arg is the locker. */
+/* The thread's body; returns after locker_stop(). @arg is the locker. */
 void *locker_run(void *arg);
 
 /*
@@ -102,6 +103,12 @@ void locker_set_layout(struct locker *l, const struct ram_layout *layout);
  * main thread. A step that takes longer is past its mlock2() then, and only populates.
  */
 void locker_remove(struct locker *l, struct range gone);
+
+/* Whether nothing is held and nothing is wished for. */
+bool locker_is_released(struct locker *l);
+
+/* Ends the thread after the step in flight; what is held stays locked. */
+void locker_stop(struct locker *l);
 
 struct locker_block {
 	struct ram_block block;

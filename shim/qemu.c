@@ -138,7 +138,11 @@ void qemu_init(struct qemu *q)
 		     (sym.phase_check || sym.qdev_hotplug) && sym.qemu_ram_foreach_block && sym.qemu_ram_get_idstr &&
 		     sym.qemu_ram_get_host_addr && sym.qemu_ram_get_used_length && sym.qemu_ram_pagesize;
 	q->emulator = q->symbols || named_like_qemu();
-	q->daemonizes = q->emulator && has_option("daemonize");
+}
+
+bool qemu_daemonizes(void)
+{
+	return has_option("daemonize");
 }
 
 bool qemu_has_main_loop(void)

@@ -20,11 +20,13 @@ struct qemu_watcher {
 struct qemu {
 	bool emulator; /* this process is a qemu-system-* */
 	bool symbols; /* ... and exports what is needed to find guest RAM */
-	bool daemonizes; /* -daemonize is on the command line */
 };
 
 /* Looks up everything. Calls nothing of QEMU. */
 void qemu_init(struct qemu *q);
+
+/* Whether -daemonize is on the command line. */
+bool qemu_daemonizes(void);
 
 /* Whether QEMU's main loop exists, so that a bottom half can be scheduled. */
 bool qemu_has_main_loop(void);

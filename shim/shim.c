@@ -67,6 +67,14 @@ static struct shim {
 	pthread_mutex_t looking; /* with `looked`: for waiting until a look has ended */
 	pthread_cond_t looked;
 	unsigned int forks; /* since enter() */
+	bool begun; /* QEMU's main loop was seen; this and what follows: control thread only */
+	unsigned int polls;
+	unsigned int pause_ms; /* before guest RAM is looked at again */
+	int64_t look_at_ms; /* when that will be; 0: not decided */
+	pthread_t lock_thread;
+	bool injected;
+	bool daemonizes; /* -daemonize is on the command line; only when preloaded */
+	uint64_t started_ns; /* CLOCK_MONOTONIC at the end of ramlock_start() */
 } shim;
 
 __attribute__((format(printf, 1, 2))) static void warn(const char *fmt, ...)
@@ -86,6 +94,8 @@ static void ram_changed(void *opaque)
 {
 	struct shim *s = opaque;
 
+	if (!atomic_load(&s->active))
+		return; /* ejected: QEMU still calls, since a notifier may outlive us */
 	atomic_store(&s->dirty, true);
 	control_poke(&s->control);
 }
@@ -94,7 +104,8 @@ static void ram_removed(void *opaque, struct range gone)
 {
 	struct shim *s = opaque;
 
-	locker_remove(&s->locker, gone);
+	if (atomic_load(&s->active))
+		locker_remove(&s->locker, gone);
 }
 
 /* The bottom half: lists guest RAM, if the machine is complete. */
@@ -104,6 +115,8 @@ static void look(void *opaque)
 	struct shim *s = opaque;
 	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
 
+	if (!atomic_load(&s->active))
+		return;
 	if (!qemu_machine_ready()) {
 		atomic_store(&s->dirty, true);
 	} else {
@@ -193,60 +206,71 @@ static void look_now(void *opaque)
 /* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. */
 static int find_ram(struct shim *s)
 {
-	static bool begun;
-	static unsigned int polls, pause_ms = LOOK_AGAIN_MIN_MS;
-	static int64_t look_at_ms; /* when to look again; 0: not decided */
 	int64_t now = now_ms();
 
 	if (!s->qemu.symbols) {
-		if (!s->qemu.daemonizes || s->forks >= 2)
+		if (!s->daemonizes || s->forks >= 2)
 			control_listen(&s->control);
 		return -1;
 	}
-	if (!begun) {
+	if (!s->begun) {
 		if (!qemu_has_main_loop())
-			return polls++ < POLL_FAST_TIMES ? POLL_FAST_MS : POLL_SLOW_MS;
-		begun = true;
+			return s->polls++ < POLL_FAST_TIMES ? POLL_FAST_MS : POLL_SLOW_MS;
+		s->begun = true;
 		control_listen(&s->control);
 		schedule_look(s);
 		return -1;
 	}
 	if (atomic_load(&s->known)) {
-		pause_ms = LOOK_AGAIN_MIN_MS;
+		s->pause_ms = LOOK_AGAIN_MIN_MS;
 		if (!s->launched)
 			launch_guarantee(s);
 	}
 	if (!atomic_load(&s->dirty)) {
-		look_at_ms = 0;
+		s->look_at_ms = 0;
 		return -1;
 	}
 	/* The pause lets QEMU go on, and gathers the changes that come together. */
-	if (!look_at_ms)
-		look_at_ms = now + pause_ms;
-	if (now < look_at_ms)
-		return (int)(look_at_ms - now);
-	look_at_ms = 0;
-	pause_ms = pause_ms * 2 < LOOK_AGAIN_MAX_MS ? pause_ms * 2 : LOOK_AGAIN_MAX_MS;
+	if (!s->look_at_ms)
+		s->look_at_ms = now + s->pause_ms;
+	if (now < s->look_at_ms)
+		return (int)(s->look_at_ms - now);
+	s->look_at_ms = 0;
+	s->pause_ms = s->pause_ms * 2 < LOOK_AGAIN_MAX_MS ? s->pause_ms * 2 : LOOK_AGAIN_MAX_MS;
 	schedule_look(s);
 	return -1;
 }
 
-static int start_thread(void *(*run)(void *), void *arg)
+/* Starts a thread that blocks all signals. It is to be joined when @thread is given. Returns 0 or -errno. */
+static int start_thread(void *(*run)(void *), void *arg, pthread_t *thread)
 {
 	pthread_attr_t attr;
-	pthread_t thread;
+	pthread_t detached;
 	sigset_t all, before;
 	int err;
 
 	sigfillset(&all);
 	pthread_attr_init(&attr);
-	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	pthread_attr_setdetachstate(&attr, thread ? PTHREAD_CREATE_JOINABLE : PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attr, STACK_BYTES);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	err = pthread_create(&thread, &attr, run, arg);
+	err = pthread_create(thread ? thread : &detached, &attr, run, arg);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attr);
 	return -err;
+}
+
+/* Takes back all that was started; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
+static void eject(struct shim *s)
+{
+	locker_stop(&s->locker);
+	pthread_join(s->lock_thread, NULL);
+	pthread_mutex_lock(&s->binding);
+	control_unlink(&s->control);
+	pthread_mutex_unlock(&s->binding);
+	control_deinit(&s->control);
+	headroom_deinit(&s->locker.stepper.headroom);
+	atomic_store(&s->active, false); /* ramlock_start() may come from now on */
 }
 
 static void *control_run(void *arg)
@@ -260,21 +284,22 @@ static void *control_run(void *arg)
 	if (!s->leaving)
 		control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
 	pthread_mutex_unlock(&s->binding);
-	err = start_thread(locker_run, &s->locker);
+	err = start_thread(locker_run, &s->locker, &s->lock_thread);
 	if (err) {
 		warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
 		return NULL;
 	}
-	for (;;) {
+	do {
 		control_wait(&s->control, find_ram(s));
 		commands_events(&s->commands, control_event, &s->control);
-	}
+	} while (!s->commands.eject || !locker_is_released(&s->locker));
+	eject(s);
 	return NULL;
 }
 
-/* ---- Entry, on QEMU's main thread before main() ---- */
+/* ---- Entry, on QEMU's main thread: before main(), or in a ppoll() of its that was interrupted ---- */
 
-static void start(struct shim *s)
+static int start(struct shim *s)
 {
 	pthread_condattr_t attr;
 	int err;
@@ -285,19 +310,31 @@ static void start(struct shim *s)
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&s->looked, &attr);
 	pthread_condattr_destroy(&attr);
+	s->launched = s->begun = false;
+	s->polls = 0;
+	s->look_at_ms = 0;
+	s->pause_ms = LOOK_AGAIN_MIN_MS;
+	atomic_store(&s->dirty, false);
+	atomic_store(&s->scheduled, false);
+	atomic_store(&s->known, false);
 	locker_init(&s->locker, locker_news, s);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;
 	s->commands.look_now = look_now;
 	s->commands.opaque = s;
+	s->commands.injected = s->injected;
+	s->commands.started_ns = &s->started_ns;
 	s->server = (struct qmp_server){ commands_run, &s->commands };
+	atomic_store(&s->active, true);
 	err = control_init(&s->control, &s->config, &s->server);
 	if (!err)
-		err = start_thread(control_run, s);
-	atomic_store(&s->active, !err);
-	if (err)
+		err = start_thread(control_run, s, NULL);
+	if (err) {
+		atomic_store(&s->active, false);
 		warn("cannot start: %s; this VM has no guarantee", strerror(-err));
+	}
+	return err;
 }
 
 static void after_fork_in_child(void)
@@ -309,7 +346,7 @@ static void after_fork_in_child(void)
 	/* The threads, and what they were about, stayed with the parent. */
 	s->control.owner = 0;
 	s->forks++;
-	if (s->qemu.symbols ? qemu_has_main_loop() : !s->qemu.daemonizes || s->forks > 2)
+	if (s->qemu.symbols ? qemu_has_main_loop() : !s->daemonizes || s->forks > 2)
 		return;
 	headroom_deinit(&s->locker.stepper.headroom);
 	control_deinit(&s->control);
@@ -349,20 +386,57 @@ static void leave_preload(void)
 	free(rest);
 }
 
+/* Whether LD_PRELOAD names this object, so that its constructor is the one to start it. */
+static bool is_preloaded(void)
+{
+	const char *list = getenv("LD_PRELOAD");
+	Dl_info self;
+
+	return list && dladdr(&shim, &self) && strstr(list, base_name(self.dli_fname));
+}
+
 __attribute__((constructor)) static void enter(void)
 {
 	struct shim *s = &shim;
 
 	qemu_init(&s->qemu);
-	if (!s->qemu.emulator)
+	if (!s->qemu.emulator || !is_preloaded())
 		return;
 	leave_preload();
+	s->daemonizes = qemu_daemonizes();
 	config_from_environment(&s->config, warn);
 	if (pthread_atfork(NULL, NULL, after_fork_in_child)) {
 		warn("cannot follow forks: this VM has no guarantee");
 		return;
 	}
 	start(s);
+}
+
+/*
+ * Starts an injected shim; @config is lines of RAMLOCK_NAME=VALUE. The trampoline calls it on QEMU's main thread, in a
+ * ppoll() that was interrupted, perhaps under the big lock: it touches nothing of QEMU and never waits.
+ * Returns 0, -EALREADY when this object serves the process already, -ENOEXEC when the process is not QEMU, or -errno.
+ */
+__attribute__((visibility("default"))) int ramlock_start(const char *config);
+
+__attribute__((visibility("default"))) int ramlock_start(const char *config)
+{
+	static bool follows_forks;
+	struct shim *s = &shim;
+	int err;
+
+	if (!s->qemu.emulator)
+		return -ENOEXEC;
+	if (atomic_load(&s->active))
+		return -EALREADY;
+	config_from_text(&s->config, config, warn);
+	if (!follows_forks && pthread_atfork(NULL, NULL, after_fork_in_child))
+		return -ENOMEM;
+	follows_forks = true;
+	s->injected = true;
+	err = start(s);
+	s->started_ns = now_ns();
+	return err;
 }
 
 __attribute__((destructor)) static void leave(void)

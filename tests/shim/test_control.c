@@ -72,9 +72,6 @@ static void end(void)
 	control_poke(&control);
 	pthread_join(thread, NULL);
 	control_unlink(&control);
-	for (size_t i = 0; i < CLIENTS_MAX; i++)
-		if (control.clients[i].fd >= 0)
-			qmp_deinit(&control.clients[i].qmp);
 	control_deinit(&control);
 	CHECK_EQ(rmdir(dir), 0); /* nothing is left behind */
 }
