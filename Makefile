@@ -86,7 +86,7 @@ linted: lint-shim
 	@$(VENV)/bin/ruff check $(PYTHON_CODE)
 	@$(VENV)/bin/ruff format --check $(PYTHON_CODE)
 	@$(VENV)/bin/mypy --strict injector/ramlock
-	@$(VENV)/bin/mypy --strict tests/qemu examples benchmarks
+	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/qemu examples benchmarks
 
 .PHONY: bench
 bench: ## Measure how long QEMU is silent while memory is locked, against QEMU's own way
@@ -106,18 +106,19 @@ LIB := $(PREFIX)/lib/ramlock
 .PHONY: install
 install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
 	@.ci/deps build
-	@+$(AGAIN) shim
-	install -d '$(DESTDIR)$(LIB)' '$(DESTDIR)$(PREFIX)/bin'
-	install -m 0755 injector/ramlock/ramlock.so '$(DESTDIR)$(LIB)/ramlock.so'
-	rm -rf '$(DESTDIR)$(LIB)/python'
-	python=$$(.ci/deps python) && "$$python" -m pip --quiet --disable-pip-version-check install --root-user-action ignore \
+	@+$(AGAIN) shim $(PYTHON_BIN)
+	@install -d '$(DESTDIR)$(LIB)' '$(DESTDIR)$(PREFIX)/bin'
+	@install -m 0755 injector/ramlock/ramlock.so '$(DESTDIR)$(LIB)/ramlock.so'
+	@rm -rf '$(DESTDIR)$(LIB)/python' build/lib
+	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --root-user-action ignore \
 		--target '$(DESTDIR)$(LIB)/python' .
-	rm -rf '$(DESTDIR)$(LIB)/python/bin'
-	ln -sf ../../ramlock.so '$(DESTDIR)$(LIB)/python/ramlock/ramlock.so'
-	python=$$(.ci/deps python) && printf '%s\n' "#!$$python" '# The ramlock command.' 'import sys' \
-		'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.commands import main' 'sys.exit(main())' \
+	@rm -rf '$(DESTDIR)$(LIB)/python/bin'
+	@ln -sf ../../ramlock.so '$(DESTDIR)$(LIB)/python/ramlock/ramlock.so'
+	@printf '%s\n' "#!$$($(PYTHON_BIN) -c 'import sys; print(sys._base_executable)')" '# The ramlock command.' \
+		'import sys' 'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.commands import main' 'sys.exit(main())' \
 		>'$(DESTDIR)$(PREFIX)/bin/ramlock'
-	chmod 0755 '$(DESTDIR)$(PREFIX)/bin/ramlock'
+	@chmod 0755 '$(DESTDIR)$(PREFIX)/bin/ramlock'
+	@echo 'installed $(DESTDIR)$(PREFIX)/bin/ramlock and $(DESTDIR)$(LIB)/ramlock.so'
 
 .PHONY: clean
 clean: ## Remove what was built; keep .venv and the guest

@@ -16,7 +16,7 @@ from typing import IO
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
-from elftools.elf.hash import ELFHashTable, GNUHashTable
+from elftools.elf.hash import GNUHashTable
 
 from ramlock.errors import CannotPreload
 
@@ -107,18 +107,17 @@ def _read(path: Path, file: IO[bytes], wanted: Iterable[str]) -> Elf:
 
 def _exported(elf: ELFFile, dynamic: DynamicSegment, wanted: Iterable[str]) -> frozenset[str]:
     """Look names up as the loader does, in the hash table: walking QEMU's 40,000 symbols would take seconds."""
-    names = tuple(wanted)
+    names = frozenset(wanted)
     if not names:
-        return frozenset()
-    table: GNUHashTable | ELFHashTable
-    if (offset := dynamic.get_table_offset("DT_GNU_HASH")[1]) is not None:
+        return names
+    offset = dynamic.get_table_offset("DT_GNU_HASH")[1]
+    if offset is not None:
         table = GNUHashTable(elf, offset, dynamic)
-    elif (offset := dynamic.get_table_offset("DT_HASH")[1]) is not None:
-        table = ELFHashTable(elf, offset, None, dynamic)
+        found = [symbol for name in names if (symbol := table.get_symbol(name)) is not None]
     else:
-        return frozenset()
-    found = ((name, table.get_symbol(name)) for name in names)
-    return frozenset(name for name, symbol in found if symbol is not None and symbol["st_shndx"] != "SHN_UNDEF")
+        # Linked without a GNU hash table, which distributions have not done for fifteen years: walk after all.
+        found = [symbol for symbol in dynamic.iter_symbols() if symbol.name in names]
+    return frozenset(symbol.name for symbol in found if symbol["st_shndx"] != "SHN_UNDEF")
 
 
 def _script(path: Path, file: IO[bytes]) -> CannotPreload:

@@ -12,10 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ramlock import host, reply
+from ramlock import host, procfs, reply
 from ramlock.control import Client
 from ramlock.deadline import Deadline
-from ramlock.errors import CommandError, LimitTooLow, NoAnswer, NoPermission, Refused, Short, Superseded, TimedOut
+from ramlock.errors import (
+    CommandError,
+    LimitTooLow,
+    NoAnswer,
+    NoPermission,
+    NotFound,
+    Refused,
+    Short,
+    Superseded,
+    TimedOut,
+)
 from ramlock.reply import Guarantee, State
 from ramlock.sizes import Size, format_size
 
@@ -161,17 +171,29 @@ def _known(client: Client, deadline: Deadline) -> Guarantee:
 def _raise_limit(before: Guarantee, wish: Wish, pid: int | None) -> bool:
     """Raise QEMU's RLIMIT_MEMLOCK when the wish needs it; tell whether our rights sufficed.
 
-    From outside, because QEMU's sandbox forbids it inside. `all` also has to hold for memory plugged in later, so it
-    takes the limit away; any other wish gets what it needs and no more.
+    From outside, because QEMU's sandbox forbids it inside.
     """
-    need = None if wish.size.kind == "all" else wish.size.resolve(before.ram) + before.foreign + host.SLACK
-    if before.memlock_limit is None or pid is None or (need is not None and need <= before.memlock_limit):
+    if before.memlock_limit is None or pid is None:
         return True
     try:
+        need = limit_needed(before, wish, procfs.read(pid).locked)
+        if need is not None and need <= before.memlock_limit:
+            return True
         reached = host.raise_memlock(pid, need)
-    except (PermissionError, ProcessLookupError):
+    except (PermissionError, ProcessLookupError, NotFound):
         return False
     return reached is None or (need is not None and reached >= need)
+
+
+def limit_needed(before: Guarantee, wish: Wish, locked: int) -> int | None:
+    """Return the bytes of RLIMIT_MEMLOCK that the wish needs, None for no limit; `locked` is the process's VmLck.
+
+    `all` also has to hold for memory that is plugged in later, so it takes the limit away; any other wish gets what it
+    needs and no more. A hostile VM shall not talk us into more by its reply: the kernel's figures bound what it says.
+    """
+    if wish.size.kind == "all":
+        return None
+    return min(wish.size.resolve(before.ram) + min(before.foreign, locked) + host.SLACK, host.total_memory())
 
 
 def _refusal(error: CommandError, before: Guarantee, wish: Wish, may_raise: bool) -> Refused | NoPermission:

@@ -14,6 +14,11 @@ SLACK = 16 << 20
 _INFINITY = resource.RLIM_INFINITY
 
 
+def total_memory() -> int:
+    """Return the bytes of memory that this host has: nobody can lock more."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def raise_memlock(pid: int, need: int | None) -> int | None:
     """Raise RLIMIT_MEMLOCK of `pid` (0: ourselves) to `need` bytes, None: unlimited, or as near as we may.
 

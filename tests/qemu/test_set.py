@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.qemu import truth
-from tests.qemu.conftest import assert_holds, ramlock
+from tests.qemu.conftest import Setting, assert_holds, ramlock
 from tests.qemu.guest import GIB, MIB, SLACK, Guest
 
 pytestmark = pytest.mark.usefixtures("lockable")
@@ -136,3 +136,16 @@ def test_without_prefault_the_guest_fills_it() -> None:
         fresh.guarantee(0)
         assert truth.vm_lck(fresh.pid) == 0
         assert fresh.agent.ask("verify") == str(512 * MIB)
+
+
+@pytest.mark.usefixtures("root")
+def test_small_pages(setting: Setting) -> None:
+    """Without transparent huge pages every page is one of 4 KiB: the same, only slower."""
+    setting("/sys/kernel/mm/transparent_hugepage/enabled", "never")
+    with Guest(args=["-machine", "mem-merge=off"]) as fresh:
+        for size in (512 * MIB + 4096, 100 * MIB):
+            assert ramlock("set", size, "--pid", fresh.pid).returncode == 0
+            assert_holds(fresh, size)
+        huge = sum(entry.huge for entry in truth.mappings(fresh.pid) if fresh.ram().contains(entry.range))
+        assert huge == 0
+        fresh.check_unharmed()

@@ -38,6 +38,7 @@ class Mapping:
     rss: int
     swap: int
     locked: int
+    huge: int
     flags: frozenset[str]
 
 
@@ -68,6 +69,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
                 rss=fields.get("Rss", 0),
                 swap=fields.get("Swap", 0),
                 locked=fields.get("Locked", 0),
+                huge=fields.get("AnonHugePages", 0),
                 flags=frozenset(line.split()[1:]),
             )
         elif match := _HEAD.match(line):

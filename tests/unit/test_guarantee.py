@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ramlock import guarantee
+from ramlock import guarantee, host
 from ramlock.control import Client
 from ramlock.deadline import Deadline
 from ramlock.errors import LimitTooLow, NoPermission, ProtocolError, RamlockError, Refused, Short, Superseded, TimedOut
@@ -105,6 +105,16 @@ def test_when_our_rights_lack(session: Sessions, monkeypatch: pytest.MonkeyPatch
         guarantee.place(session(shim), Wish(parse_size("1G")), pid=ended.pid, deadline=Deadline(5))
     assert error.value.exit_code == 7
     assert "8 MiB" in error.value.message
+
+
+def test_the_limit_is_raised_by_what_the_kernel_says() -> None:
+    """A reply that claims much foreign memory, or much guest RAM, does not raise the limit by as much."""
+    honest = parse(reply(foreign=4 << 20))
+    assert guarantee.limit_needed(honest, Wish(parse_size("1G")), 8 << 20) == GIB + (4 << 20) + host.SLACK
+    greedy = parse(reply(foreign=1 << 60, ram=1 << 62))
+    assert guarantee.limit_needed(greedy, Wish(parse_size("1G")), 8 << 20) == GIB + (8 << 20) + host.SLACK
+    assert guarantee.limit_needed(greedy, Wish(parse_size("50%")), 0) == host.total_memory()
+    assert guarantee.limit_needed(greedy, Wish(parse_size("all")), 0) is None
 
 
 def test_waiting_for_guest_ram(session: Sessions) -> None:
