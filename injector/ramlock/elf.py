@@ -66,6 +66,18 @@ def read(path: Path, wanted: Iterable[str] = ()) -> Elf:
         ) from None
 
 
+def section(path: Path, name: str) -> bytes:
+    """Return the contents of the section `name` of an ELF file of ours. Raises CannotPreload when it has none."""
+    try:
+        with path.open("rb") as file:
+            found = ELFFile(file).get_section_by_name(name)
+            if found is not None:
+                return bytes(found.data())
+    except (OSError, ELFError):
+        pass
+    raise CannotPreload(f"{path} is no shim that can be injected", "build it again with make")
+
+
 def check_preload(program: Elf, shim: Elf) -> None:
     """Refuse a program into whose process the loader would not put the shim.
 
