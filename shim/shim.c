@@ -60,7 +60,6 @@ static struct shim {
 	bool leaving; /* the process exits: bind nothing more */
 	atomic_bool active; /* this process is a QEMU that we serve */
 	bool watching; /* QEMU tells us about changes of RAM; main thread only */
-	bool launched; /* the guarantee of the launch was set; control thread only */
 	atomic_bool dirty; /* guest RAM should be looked at again */
 	atomic_bool scheduled; /* a bottom half that looks is on its way */
 	atomic_bool known; /* guest RAM was listed */
@@ -108,6 +107,26 @@ static void ram_removed(void *opaque, struct range gone)
 		locker_remove(&s->locker, gone);
 }
 
+/*
+ * Sets the guarantee that QEMU was started with, just before guest RAM becomes known: nobody may see one without the other.
+ */
+static void launch_guarantee(struct shim *s, uint64_t ram)
+{
+	const struct guarantee *g = &s->config.guarantee;
+	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault };
+
+	wish.all = g->kind == GUARANTEE_ALL;
+	wish.lock_ram_size = guarantee_resolve(g, ram);
+	if (!wish.all && wish.lock_ram_size > ram) {
+		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error),
+			 "the guarantee of %llu MiB at launch is above guest RAM, which is %llu MiB; none is set",
+			 (unsigned long long)(wish.lock_ram_size >> 20), (unsigned long long)(ram >> 20));
+		warn("%s", s->commands.launch_error);
+		wish.lock_ram_size = 0;
+	}
+	locker_set_launch(&s->locker, &wish);
+}
+
 /* The bottom half: lists guest RAM, if the machine is complete. */
 static void look(void *opaque)
 {
@@ -125,6 +144,8 @@ static void look(void *opaque)
 		atomic_store(&s->dirty, false);
 		if (qemu_walk(&layout))
 			warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
+		if (!atomic_load(&s->known))
+			launch_guarantee(s, layout.total);
 		locker_set_layout(&s->locker, &layout);
 		atomic_store(&s->known, true);
 	}
@@ -141,27 +162,6 @@ static void look(void *opaque)
 static void locker_news(void *opaque)
 {
 	control_poke(&((struct shim *)opaque)->control);
-}
-
-/* Sets the guarantee that QEMU was started with, once guest RAM is known. */
-static void launch_guarantee(struct shim *s)
-{
-	const struct guarantee *g = &s->config.guarantee;
-	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault };
-
-	s->launched = true;
-	locker_query(&s->locker, &s->commands.status);
-	wish.all = g->kind == GUARANTEE_ALL;
-	wish.lock_ram_size = guarantee_resolve(g, s->commands.status.ram);
-	if (!wish.all && wish.lock_ram_size > s->commands.status.ram) {
-		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error),
-			 "the guarantee of %llu MiB at launch is above guest RAM, which is %llu MiB; none is set",
-			 (unsigned long long)(wish.lock_ram_size >> 20),
-			 (unsigned long long)(s->commands.status.ram >> 20));
-		warn("%s", s->commands.launch_error);
-		wish.lock_ram_size = 0;
-	}
-	locker_set_launch(&s->locker, &wish);
 }
 
 static int64_t now_ms(void)
@@ -221,11 +221,8 @@ static int find_ram(struct shim *s)
 		schedule_look(s);
 		return -1;
 	}
-	if (atomic_load(&s->known)) {
+	if (atomic_load(&s->known))
 		s->pause_ms = LOOK_AGAIN_MIN_MS;
-		if (!s->launched)
-			launch_guarantee(s);
-	}
 	if (!atomic_load(&s->dirty)) {
 		s->look_at_ms = 0;
 		return -1;
@@ -310,7 +307,7 @@ static int start(struct shim *s)
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&s->looked, &attr);
 	pthread_condattr_destroy(&attr);
-	s->launched = s->begun = false;
+	s->begun = false;
 	s->polls = 0;
 	s->look_at_ms = 0;
 	s->pause_ms = LOOK_AGAIN_MIN_MS;

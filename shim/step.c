@@ -80,6 +80,10 @@ static bool admit(struct stepper *st, uint64_t cost, struct outcome *o)
 		return true;
 	}
 	o->shortage = why;
+	if (why == SHORTAGE_CGROUP && !st->headroom.cgroups_known) {
+		snprintf(o->text, sizeof(o->text), "the limits of QEMU's memory cgroup cannot be read");
+		return false;
+	}
 	snprintf(o->text, sizeof(o->text),
 		 why == SHORTAGE_CGROUP ? "QEMU's memory cgroup leaves %" PRIu64 " MiB" :
 					  "the host has %" PRIu64 " MiB available beyond its reserve",
@@ -129,6 +133,12 @@ static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 
 	if (!s->hugetlb && !s->resident && !admit(st, size, o))
 		return;
+	if (st->headroom.status < 0) {
+		/* Then a lock of ours could not be told from another's, which must never be released. */
+		o->shortage = SHORTAGE_KERNEL;
+		snprintf(o->text, sizeof(o->text), "QEMU's /proc/self/status cannot be read");
+		return;
+	}
 	before = others ? headroom_vm_locked(&st->headroom) : 0;
 	err = sys_mlock2(s->r, MLOCK_ONFAULT);
 	if (err) {
