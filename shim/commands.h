@@ -15,7 +15,10 @@ struct commands {
 	bool symbols; /* this QEMU exports what is needed to find guest RAM */
 	bool injected; /* rather than preloaded */
 	const uint64_t *started_ns; /* CLOCK_MONOTONIC at the end of the injection */
+	void (*halt)(void *opaque); /* ends the lock thread */
 	bool eject; /* the shim is to leave when all is released */
+	bool keep; /* ... or at once, with all left as it is */
+	struct books books; /* scratch, as `status` */
 	char launch_error[SHORT_TEXT]; /* why the guarantee of the launch was not set; empty: none was refused */
 	struct locker_status status; /* scratch: too large for a thread's stack */
 };

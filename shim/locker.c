@@ -530,6 +530,56 @@ void locker_stop(struct locker *l)
 	pthread_mutex_unlock(&l->mutex);
 }
 
+void locker_give(const struct locker *l, struct books *books, struct wish *wish)
+{
+	*books = l->books;
+	*wish = l->wish;
+}
+
+/* Whether every range of @e consists of whole pages of one block of @layout, and of ranges of @within if given. */
+static bool is_guest_ram(const struct extents *e, const struct ram_layout *layout, const struct extents *within)
+{
+	for (size_t i = 0; i < e->n; i++) {
+		struct range rest = e->v[i];
+
+		if (within && extents_overlap(within, rest) != range_size(rest))
+			return false;
+		while (rest.start < rest.end) { /* blocks may lie side by side */
+			const struct ram_block *b = layout_find(layout, (struct range){ rest.start, rest.start + 1 });
+			uint64_t end;
+
+			if (!b)
+				return false;
+			end = rest.end < b->host.end ? rest.end : b->host.end;
+			if ((rest.start - b->host.start) % b->page_size || (end - b->host.start) % b->page_size)
+				return false;
+			rest.start = end;
+		}
+	}
+	return true;
+}
+
+int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish)
+{
+	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	int err = 0;
+
+	pthread_mutex_lock(&l->mutex);
+	if (l->books.held.total || l->wish.all || l->wish.lock_ram_size)
+		err = -EBUSY;
+	else if (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||
+		 !is_guest_ram(&books->foreign, &l->layout, &books->held) ||
+		 !is_guest_ram(&books->on_fault, &l->layout, &books->held) ||
+		 vm_locked < (int64_t)books_in_vm_locked(books, &l->layout))
+		err = -EINVAL;
+	if (!err) {
+		l->books = *books;
+		accept_wish(l, wish);
+	}
+	pthread_mutex_unlock(&l->mutex);
+	return err;
+}
+
 /* Bytes of @r that are on-fault locked and not resident. */
 static uint64_t count_absent(const struct extents *on_fault, struct range r)
 {

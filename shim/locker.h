@@ -110,6 +110,15 @@ bool locker_is_released(struct locker *l);
 /* Ends the thread after the step in flight; what is held stays locked. */
 void locker_stop(struct locker *l);
 
+/* What is held and wished for. Only after the thread has ended. */
+void locker_give(const struct locker *l, struct books *books, struct wish *wish);
+
+/*
+ * Takes over from another shim in this process what it held and wished for, as it was. Returns 0, -EBUSY when something
+ * is held or wished for here already, or -EINVAL when @books is not about locked guest RAM; then nothing has changed.
+ */
+int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish);
+
 struct locker_block {
 	struct ram_block block;
 	uint64_t locked;

@@ -71,6 +71,7 @@ static struct shim {
 	unsigned int pause_ms; /* before guest RAM is looked at again */
 	int64_t look_at_ms; /* when that will be; 0: not decided */
 	pthread_t lock_thread;
+	bool halted; /* lock_thread was joined */
 	bool injected;
 	bool daemonizes; /* -daemonize is on the command line; only when preloaded */
 	uint64_t started_ns; /* CLOCK_MONOTONIC at the end of ramlock_start() */
@@ -257,11 +258,22 @@ static int start_thread(void *(*run)(void *), void *arg, pthread_t *thread)
 	return -err;
 }
 
+/* Ends the lock thread, after its step in flight. */
+static void halt(void *opaque)
+{
+	struct shim *s = opaque;
+
+	if (s->halted)
+		return;
+	s->halted = true;
+	locker_stop(&s->locker);
+	pthread_join(s->lock_thread, NULL);
+}
+
 /* Takes back all that was started; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
 static void eject(struct shim *s)
 {
-	locker_stop(&s->locker);
-	pthread_join(s->lock_thread, NULL);
+	halt(s);
 	pthread_mutex_lock(&s->binding);
 	control_unlink(&s->control);
 	pthread_mutex_unlock(&s->binding);
@@ -289,7 +301,7 @@ static void *control_run(void *arg)
 	do {
 		control_wait(&s->control, find_ram(s));
 		commands_events(&s->commands, control_event, &s->control);
-	} while (!s->commands.eject || !locker_is_released(&s->locker));
+	} while (!s->commands.eject || !(s->commands.keep || locker_is_released(&s->locker)));
 	eject(s);
 	return NULL;
 }
@@ -307,7 +319,7 @@ static int start(struct shim *s)
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&s->looked, &attr);
 	pthread_condattr_destroy(&attr);
-	s->begun = false;
+	s->begun = s->halted = false;
 	s->polls = 0;
 	s->look_at_ms = 0;
 	s->pause_ms = LOOK_AGAIN_MIN_MS;
@@ -319,6 +331,7 @@ static int start(struct shim *s)
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;
 	s->commands.look_now = look_now;
+	s->commands.halt = halt;
 	s->commands.opaque = s;
 	s->commands.injected = s->injected;
 	s->commands.started_ns = &s->started_ns;
