@@ -288,6 +288,11 @@ static void *control_run(void *arg)
 	int err;
 
 	prctl(PR_SET_NAME, "ramlock-ctl");
+	if (s->injected) {
+		/* Not on QEMU's main thread: it takes a lookup in every library of QEMU for each symbol. */
+		qemu_init(&s->qemu);
+		s->commands.symbols = s->qemu.symbols;
+	}
 	headroom_open(&s->locker.stepper.headroom, "");
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
@@ -409,8 +414,10 @@ __attribute__((constructor)) static void enter(void)
 {
 	struct shim *s = &shim;
 
+	if (!is_preloaded())
+		return; /* ramlock_start() will come */
 	qemu_init(&s->qemu);
-	if (!s->qemu.emulator || !is_preloaded())
+	if (!s->qemu.emulator)
 		return;
 	leave_preload();
 	s->daemonizes = qemu_daemonizes();
@@ -425,7 +432,7 @@ __attribute__((constructor)) static void enter(void)
 /*
  * Starts an injected shim; @config is lines of RAMLOCK_NAME=VALUE. The trampoline calls it on QEMU's main thread, in a
  * ppoll() that was interrupted, perhaps under the big lock: it touches nothing of QEMU and never waits.
- * Returns 0, -EALREADY when this object serves the process already, -ENOEXEC when the process is not QEMU, or -errno.
+ * Returns 0, -EALREADY when this object serves the process already, or -errno.
  */
 __attribute__((visibility("default"))) int ramlock_start(const char *config);
 
@@ -435,8 +442,6 @@ __attribute__((visibility("default"))) int ramlock_start(const char *config)
 	struct shim *s = &shim;
 	int err;
 
-	if (!s->qemu.emulator)
-		return -ENOEXEC;
 	if (atomic_load(&s->active))
 		return -EALREADY;
 	config_from_text(&s->config, config, warn);
