@@ -12,7 +12,7 @@
  * all registers but rip, rsp and orig_rax are those of the interrupted system call; rcx and r11 are free, since every
  * `syscall` instruction changes them.
  *
- * struct bootstrap, 64-byte aligned; injector/ramlock/bootstrap.py builds it:
+ * struct bootstrap, 64-byte aligned; injector/ramlock/x86_64.py builds it:
  */
 #define DLOPEN		0	/* void *(*)(const char *, int) */
 #define DLSYM		8	/* void *(*)(void *, const char *) */
@@ -139,5 +139,41 @@ ramlock_trampoline:
 	.hidden ramlock_trampoline_end
 ramlock_trampoline_end:
 	.size ramlock_trampoline, . - ramlock_trampoline
+
+/*
+ * The smaller detour: makes a memory file, for a target that cannot see the shim's own file. It is written, entered and
+ * left as the code above is, with rsp at `struct memfd_call`; the controller finds the file under /proc/PID/fd by its
+ * name and fills it from outside. A system call changes no register but rax, rcx and r11, so that there is little to save,
+ * and a signal handler that runs in between harms nothing: all of ours is above rsp.
+ *
+ * struct memfd_call, 16-byte aligned:
+ */
+#define MEMFD_RIP	0	/* the address of the interrupted `syscall` instruction */
+#define MEMFD_RSP	8
+#define MEMFD_RAX	16	/* the number of the interrupted system call */
+#define MEMFD_FLAGS	24
+#define MEMFD_NAME	32	/* the name itself */
+
+#define SYS_memfd_create 319
+
+	.section .ramlock.memfd, "ax", @progbits
+	.balign 16
+	.globl ramlock_memfd
+	.hidden ramlock_memfd
+	.type ramlock_memfd, @function
+ramlock_memfd:
+	pushq %rdi
+	pushq %rsi
+	movl $SYS_memfd_create, %eax
+	leaq 16 + MEMFD_NAME(%rsp), %rdi
+	movl 16 + MEMFD_FLAGS(%rsp), %esi
+	syscall
+	popq %rsi
+	popq %rdi
+	movq MEMFD_RIP(%rsp), %rcx
+	movq MEMFD_RAX(%rsp), %rax
+	movq MEMFD_RSP(%rsp), %rsp
+	jmp *%rcx
+	.size ramlock_memfd, . - ramlock_memfd
 
 	.section .note.GNU-stack, "", @progbits

@@ -66,13 +66,14 @@ def read(path: Path, wanted: Iterable[str] = ()) -> Elf:
         ) from None
 
 
-def section(path: Path, name: str) -> bytes:
-    """Return the contents of the section `name` of an ELF file of ours. Raises CannotPreload when it has none."""
+def sections(path: Path, names: Iterable[str]) -> list[bytes]:
+    """Return the contents of some sections of an ELF file of ours. Raises CannotPreload when it has not all of them."""
     try:
         with path.open("rb") as file:
-            found = ELFFile(file).get_section_by_name(name)
-            if found is not None:
-                return bytes(found.data())
+            elf = ELFFile(file)
+            found = [elf.get_section_by_name(name) for name in names]
+            if None not in found:
+                return [bytes(section.data()) for section in found]
     except (OSError, ELFError):
         pass
     raise CannotPreload(f"{path} is no shim that can be injected", "build it again with make")

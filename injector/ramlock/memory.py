@@ -6,6 +6,7 @@ bounded and checked. Formats: proc(5), elf(5), and the ELF gABI for the dynamic 
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import errno
 import os
 import re
 import struct
@@ -17,10 +18,13 @@ from ramlock import procfs
 from ramlock.errors import NoPermission, NotFound, Refused, VmGone
 
 _MAPS_MOST = 32 << 20
-_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ([r-])([w-])([x-])([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)")
-_PT_LOAD, _PT_DYNAMIC = 1, 2
-_DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_GNU_HASH = 5, 6, 10, 0x6FFFFEF5
-_DYNAMIC_MOST, _CHAIN_MOST, _PHDRS_MOST = 512, 4096, 64
+_LINE = re.compile(
+    rb"([0-9a-f]+)-([0-9a-f]+) ([r-])([w-])([x-])([ps]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)"
+)
+_PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_NOTE = 1, 2, 3, 4
+_DT_STRTAB, _DT_SYMTAB, _DT_DEBUG, _DT_GNU_HASH = 5, 6, 21, 0x6FFFFEF5
+_DYNAMIC_MOST, _CHAIN_MOST, _PHDRS_MOST, _NOTES_MOST = 512, 4096, 64, 4096
+_NT_GNU_BUILD_ID = 3
 
 
 class Mapping(NamedTuple):
@@ -96,18 +100,22 @@ class Memory:
         os.close(self._fd)
 
     def maps(self) -> list[Mapping]:
-        """Read the mappings. Raises VmGone when the process has none any more."""
+        """Read the mappings. Raises VmGone when the process has none any more, Refused when they make no sense."""
         try:
             with open(self._folder / "maps", "rb") as file:
                 mappings = parse_maps(file.read(_MAPS_MOST))
         except OSError:
             mappings = []
+        except ValueError:
+            raise Refused(f"the mappings of process {self.pid} are not understood", "nothing was changed") from None
         if not mappings:
             raise VmGone("the VM ended while ramlock looked at it", "nothing is left to do")
         return mappings
 
     def read(self, address: int, size: int) -> bytes:
         """Read exactly `size` bytes. Raises OSError when they are not all there."""
+        if not 0 <= address < 1 << 63:
+            raise OSError(errno.EFAULT, "no address")
         data = os.pread(self._fd, size, address)
         if len(data) != size:
             raise OSError(0, "short read of process memory")
@@ -169,6 +177,8 @@ class Object:
         self.segments = [
             Segment(self.bias + h[3], self.bias + h[3] + h[6], bool(h[1] & 1)) for h in headers if h[0] == _PT_LOAD
         ]
+        self.has_loader = any(h[0] == _PT_INTERP for h in headers)
+        self._notes = [(self.bias + h[3], min(h[5], _NOTES_MOST)) for h in headers if h[0] == _PT_NOTE]
         self._dynamic: dict[int, int] = {}
         for h in headers:
             if h[0] == _PT_DYNAMIC:
@@ -220,3 +230,31 @@ class Object:
             if found & 1:
                 break
         return None
+
+    @property
+    def debug_address(self) -> int:
+        """Where the loader's list of objects begins (struct r_debug), in the main program only; 0 when unknown."""
+        return self._dynamic.get(_DT_DEBUG, 0)
+
+    def build_id(self) -> str:
+        """Return the build-id in hexadecimal digits; "" when there is none."""
+        for address, size in self._notes:
+            try:
+                if found := find_build_id(self._memory.read(address, size)):
+                    return found
+            except OSError:
+                continue
+        return ""
+
+
+def find_build_id(notes: bytes) -> str:
+    """Find the build-id in a note segment, as hexadecimal digits; "" when there is none."""
+    at = 0
+    while at + 12 <= len(notes):
+        name_size, size, kind = struct.unpack_from("<III", notes, at)
+        name_at = at + 12
+        at = name_at + (name_size + 3 & ~3)
+        if kind == _NT_GNU_BUILD_ID and notes[name_at : name_at + name_size] == b"GNU\0":
+            return notes[at : at + size].hex() if at + size <= len(notes) else ""
+        at += size + 3 & ~3
+    return ""

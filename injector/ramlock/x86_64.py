@@ -1,4 +1,4 @@
-"""All of an injection that depends on the processor: registers, system call numbers, the bootstrap's form.
+"""All of an injection that depends on the processor: registers, system call numbers, the form of what our code reads.
 
 Another architecture is another module of this form and another shim/trampoline; aarch64 has none yet, since there is
 nowhere to test it.
@@ -17,7 +17,7 @@ SYSCALL = b"\x0f\x05"
 PPOLL = 271
 _RESTARTNOHAND = -514  # ERESTARTNOHAND: a system call that was interrupted and may be issued again
 _RED_ZONE = 128  # bytes below rsp that a function may use without moving it (System V ABI)
-_FORMAT = "<14Q"  # shim/trampoline.S, the list of offsets
+_BOOTSTRAP, _MEMFD_CALL = "<14Q", "<4Q"  # shim/trampoline.S, the lists of offsets
 
 
 def instruction_pointer(regs: Registers) -> int:
@@ -44,8 +44,8 @@ class Entries(NamedTuple):
     errno_location: int
 
 
-class Bootstrap(NamedTuple):
-    """The trampoline's data, for the place where it must be written."""
+class Frame(NamedTuple):
+    """What our code works with, for the place below the thread's stack where it must be written."""
 
     address: int
     data: bytes
@@ -53,12 +53,12 @@ class Bootstrap(NamedTuple):
     """The first byte above that is not ours."""
 
 
-def bootstrap(regs: Registers, entries: Entries, path: bytes, config: bytes, xstate_size: int) -> Bootstrap:
+def bootstrap(regs: Registers, entries: Entries, path: bytes, config: bytes, xstate_size: int) -> Frame:
     """Build `struct bootstrap` of shim/trampoline.S for the interrupted thread with these registers."""
     strings = [text + b"\0" for text in (path, b"ramlock_start", config)]
     end = int(regs.rsp) - _RED_ZONE
     xsave = (end - xstate_size) & ~63
-    fixed = struct.calcsize(_FORMAT)
+    fixed = struct.calcsize(_BOOTSTRAP)
     address = (xsave - fixed - sum(map(len, strings))) & ~63
     places = []
     at = address + fixed
@@ -66,7 +66,7 @@ def bootstrap(regs: Registers, entries: Entries, path: bytes, config: bytes, xst
         places.append(at)
         at += len(text)
     data = struct.pack(
-        _FORMAT,
+        _BOOTSTRAP,
         entries.dlopen,
         entries.dlsym,
         entries.errno_location,
@@ -80,13 +80,20 @@ def bootstrap(regs: Registers, entries: Entries, path: bytes, config: bytes, xst
         0,
         0,
     )
-    return Bootstrap(address, data + b"".join(strings), end)
+    return Frame(address, data + b"".join(strings), end)
 
 
-def go_to(regs: Registers, code: int, bootstrap_at: int) -> Registers:
-    """Return the registers that make the thread run the trampoline at `code`, and the kernel forget the system call."""
+def memfd_call(regs: Registers, name: bytes, flags: int) -> Frame:
+    """Build `struct memfd_call` of shim/trampoline.S for the interrupted thread with these registers."""
+    end = int(regs.rsp) - _RED_ZONE
+    data = struct.pack(_MEMFD_CALL, int(regs.rip) - len(SYSCALL), int(regs.rsp), PPOLL, flags) + name + b"\0"
+    return Frame((end - len(data)) & ~63, data, end)
+
+
+def go_to(regs: Registers, code: int, frame_at: int) -> Registers:
+    """Return the registers that make the thread run our code at `code`, and the kernel forget the system call."""
     changed = Registers.from_buffer_copy(regs)
     changed.rip = code
-    changed.rsp = bootstrap_at
+    changed.rsp = frame_at
     changed.orig_rax = (1 << 64) - 1  # else the kernel would set rip back to issue the system call again
     return changed

@@ -29,11 +29,49 @@ def compile_c(source: str, output: str, *flags: str) -> Path:
     if not path.exists() or path.stat().st_mtime < (HERE / source).stat().st_mtime:
         made = path.with_suffix(f".{os.getpid()}")
         subprocess.run(
-            ["cc", "-O2", "-g", "-Wall", "-Wextra", "-Werror", *flags, "-o", str(made), str(HERE / source), "-lpthread"],
+            [
+                "cc",
+                "-O2",
+                "-g",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                *flags,
+                "-o",
+                str(made),
+                str(HERE / source),
+                "-lpthread",
+            ],
             check=True,
         )
         made.replace(path)
     return path
+
+
+def thread_names(pid: int) -> list[str]:
+    """The names of a process's threads, which may come and go meanwhile."""
+    names = []
+    for tid in os.listdir(f"/proc/{pid}/task"):
+        try:
+            names.append(Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip())
+        except OSError:
+            continue
+    return sorted(names)
+
+
+def connect(path: Path, timeout: float) -> socket.socket:
+    """Connects to a shim, which binds its socket a little before it listens."""
+    end = time.monotonic() + timeout
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(str(path))
+            return sock
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.002)
 
 
 class Victim:
@@ -76,27 +114,14 @@ class Victim:
             return target.maps()
 
     def threads(self) -> list[str]:
-        return sorted(
-            (Path(f"/proc/{self.pid}/task") / tid / "comm").read_text().strip()
-            for tid in os.listdir(f"/proc/{self.pid}/task")
-        )
+        return thread_names(self.pid)
 
     def wait_injected(self) -> None:
         self.connect(10).close()
 
     def connect(self, timeout: float) -> socket.socket:
-        """Connects to the shim, which binds its socket a little before it listens."""
-        end = time.monotonic() + timeout
-        while True:
-            sock = socket.socket(socket.AF_UNIX)
-            try:
-                sock.connect(str(self.socket))
-                return sock
-            except (FileNotFoundError, ConnectionRefusedError):
-                sock.close()
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.005)
+        """Connects to the shim."""
+        return connect(self.socket, timeout)
 
     def close(self) -> None:
         assert self._process.stdin and self._process.stdout

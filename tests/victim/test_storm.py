@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 
 import pytest
@@ -14,7 +13,7 @@ from ramlock.control import Client
 from ramlock.deadline import Deadline
 from ramlock.errors import NeverParked
 from tests.qemu.guest import MIB, SHIM, Guest
-from tests.victim.conftest import compile_c
+from tests.victim.conftest import compile_c, connect, thread_names
 
 # `make stress` asks for a thousand.
 INJECTIONS = int(os.environ.get("RAMLOCK_STRESS_INJECTIONS", "30"))
@@ -22,49 +21,24 @@ PER_VM = 100
 UP = 20.0
 
 
-def connect(path: str, timeout: float) -> socket.socket:
-    end = time.monotonic() + timeout
-    while True:
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.connect(path)
-            return sock
-        except (FileNotFoundError, ConnectionRefusedError):
-            sock.close()
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.002)
-
-
 def inject_and_eject(guest: Guest) -> bool:
     """One round; False when it was refused cleanly."""
-    path = str(guest.directory / "shim")
+    path = guest.directory / "shim"
     config = b"RAMLOCK_OWNER_UID=%d\nRAMLOCK_SOCKET=%s\n" % (os.geteuid(), os.fsencode(path))
     try:
         inject.inject(guest.pid, SHIM, os.fsencode(SHIM), config, timeout=2.0)
     except NeverParked:
         return False
     with connect(path, UP) as sock:
-        client = Client(sock, path)
+        client = Client(sock, str(path))
         client.greet(Deadline(UP))
         assert client.execute("query-ramlock", deadline=Deadline(UP))["entry"] == "injected"
         client.execute("ramlock-eject", deadline=Deadline(UP))
     end = time.monotonic() + UP
-    while os.path.exists(path) or "ramlock-ctl" in thread_names(guest.pid):
+    while path.exists() or "ramlock-ctl" in thread_names(guest.pid):
         assert time.monotonic() < end, "the shim does not leave"
         time.sleep(0.002)
     return True
-
-
-def thread_names(pid: int) -> set[str]:
-    names = set()
-    for tid in os.listdir(f"/proc/{pid}/task"):
-        try:
-            with open(f"/proc/{pid}/task/{tid}/comm") as file:
-                names.add(file.read().strip())
-        except OSError:
-            continue  # the storm ends threads all the time
-    return names
 
 
 @pytest.mark.deadline(60 + 4 * INJECTIONS)
