@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,36 +67,48 @@ def test_set_over_socket_by_library() -> None:
         assert_holds(guest, 320 * MIB)
 
 
-def leftovers() -> set[str]:
-    """What a demo leaves in the temporary directory while it runs."""
-    return {path.name for path in Path("/tmp").glob("ramlock-*") if (path / "qmp").exists()}
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A temporary directory for one demo alone: what is in it is the demo's."""
+    with tempfile.TemporaryDirectory(prefix="demo-") as name:
+        yield Path(name)
+
+
+def start_demo(place: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "demo.py")],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "TMPDIR": str(place)},
+    )
 
 
 @pytest.mark.deadline(400)
-def test_demo_cleans_up() -> None:
-    before = leftovers()
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py")], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, (result.stdout, result.stderr)
-    assert "✓" in result.stdout
-    assert "✗" not in result.stdout
-    assert "\x1b" not in result.stdout + result.stderr
-    assert leftovers() == before
+def test_demo_cleans_up(place: Path) -> None:
+    with start_demo(place) as demo:
+        said, _ = demo.communicate(timeout=300)
+    assert demo.returncode == 0, said
+    assert "✓" in said
+    assert "✗" not in said
+    assert "\x1b" not in said
+    assert list(place.iterdir()) == []
 
 
-def test_demo_interrupted_cleans_up() -> None:
-    before = leftovers()
-    demo = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "demo.py")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 60
-    while leftovers() == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(2)
-    demo.send_signal(signal.SIGINT)
-    said, _ = demo.communicate(timeout=60)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_interrupted_cleans_up(place: Path, number: signal.Signals) -> None:
+    with start_demo(place) as demo:
+        deadline = time.monotonic() + 60
+        while not list(place.glob("*/pid")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (pidfile,) = place.glob("*/pid")
+        time.sleep(1)
+        pid = int(pidfile.read_text())
+        demo.send_signal(number)
+        said, _ = demo.communicate(timeout=60)
     assert demo.returncode == 130, said
     assert "nothing is left behind" in said
-    assert leftovers() == before
+    assert not Path(f"/proc/{pid}").exists()
+    assert list(place.iterdir()) == []
