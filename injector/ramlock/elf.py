@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
@@ -71,12 +71,16 @@ def sections(path: Path, names: Iterable[str]) -> list[bytes]:
     try:
         with path.open("rb") as file:
             elf = ELFFile(file)
-            found = [elf.get_section_by_name(name) for name in names]
-            if None not in found:
-                return [bytes(section.data()) for section in found]
-    except (OSError, ELFError):
-        pass
-    raise CannotPreload(f"{path} is no shim that can be injected", "build it again with make")
+            return [bytes(_section(elf, name).data()) for name in names]
+    except (OSError, ELFError, KeyError):
+        raise CannotPreload(f"{path} is no shim that can be injected", "build it again with make") from None
+
+
+def _section(elf: ELFFile, name: str) -> Any:
+    found = elf.get_section_by_name(name)
+    if found is None:
+        raise KeyError(name)
+    return found
 
 
 def check_preload(program: Elf, shim: Elf) -> None:

@@ -12,6 +12,7 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
      |    +-- CannotInject   4    ... this process cannot be given the shim
      |    +-- NeverParked    4    ... the main thread was never seen idle
      |    +-- AlreadyTraced  4    ... another tracer, such as a debugger, has the process
+     |    +-- GuestRamMismatch 4  ... guest RAM seen from outside is not what the shim sees
      +-- Short               5  set, but not all of it can be locked now
      +-- NotFound            6  no such VM, or no shim in it
      |    +-- VmGone         6    ... the VM ended while we worked with it
@@ -80,10 +81,13 @@ class NeverParked(Refused):
 class AlreadyTraced(Refused):
     """Another tracer has the process."""
 
-    def __init__(self, pid: int, tracer: int) -> None:
-        super().__init__(
-            f"process {pid} is traced by process {tracer} already", f"let it finish, or look: ps -p {tracer}"
-        )
+    def __init__(self, pid: int, tracer: int, name: str = "") -> None:
+        who = f"process {tracer}" + (f" ({name})" if name else "")
+        super().__init__(f"process {pid} is traced by {who} already", f"let it finish, or look: ps -p {tracer}")
+
+
+class GuestRamMismatch(Refused):
+    """Guest RAM as the shim sees it is not what was seen from outside: nothing is locked."""
 
 
 class Short(RamlockError):

@@ -15,9 +15,9 @@ Injection = detour.Detour
 def inject(pid: int, shim: Path, path: bytes, config: bytes, timeout: float) -> Injection:
     """Load the shim from `path` (as the target sees it) into `pid` and start it with `config`.
 
-    Waits until the main thread is parked, at most `timeout` seconds. When this returns, the thread is on its way through
-    the trampoline. Raises NeverParked, CannotInject, AlreadyTraced, NoPermission, NotFound or VmGone; then nothing
-    was altered.
+    Waits until the main thread is parked, at most `timeout` seconds. When this returns, the thread is on its way
+    through the trampoline. Raises NeverParked, CannotInject, AlreadyTraced, NoPermission, NotFound or VmGone; then
+    nothing was altered.
     """
     code = detour.load_code(shim)
 

@@ -1,7 +1,6 @@
 """Files of a process that may be hostile: paths are resolved inside the root that it sees, and never lead out of it.
 
-Neither ".." nor a symbolic link leaves that root, links of /proc are not followed at all, and nothing is opened that could
-keep us waiting (openat2(2)).
+Neither ".." nor a symbolic link leaves that root, and links of /proc are not followed at all (openat2(2)).
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 

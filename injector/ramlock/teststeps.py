@@ -18,6 +18,8 @@ STEPS = (
     "ptrace-setregs-done",
     "ptrace-detach",
     "ptrace-detach-done",
+    "fill-memfd",
+    "fill-memfd-done",
     "wait-socket",
     "compare",
     "set-limit",

@@ -20,8 +20,10 @@ from ptrace.error import PtraceError
 from ramlock.errors import AlreadyTraced, NoPermission, NotFound, VmGone
 from ramlock.teststeps import step
 
-Registers = user_regs_struct
-"""The registers of a stopped thread, named as in user_regs_struct of the kernel's sys/user.h."""
+
+class Registers(user_regs_struct):  # type: ignore[misc]  # python-ptrace has no types
+    """The registers of a stopped thread, named as in user_regs_struct of the kernel's sys/user.h."""
+
 
 _SEIZE, _INTERRUPT, _GETREGSET = 0x4206, 0x4207, 0x4204
 _NT_X86_XSTATE = 0x202

@@ -92,7 +92,7 @@ def memfd_call(regs: Registers, name: bytes, flags: int) -> Frame:
 
 def go_to(regs: Registers, code: int, frame_at: int) -> Registers:
     """Return the registers that make the thread run our code at `code`, and the kernel forget the system call."""
-    changed = Registers.from_buffer_copy(regs)
+    changed: Registers = Registers.from_buffer_copy(regs)
     changed.rip = code
     changed.rsp = frame_at
     changed.orig_rax = (1 << 64) - 1  # else the kernel would set rip back to issue the system call again
