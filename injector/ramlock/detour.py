@@ -1,9 +1,9 @@
 """Send QEMU's main thread through a piece of our code, at a moment when that disturbs nobody.
 
 Theory of operation: only QEMU's main thread is touched, and only while it is asleep in ppoll(), where it holds no lock
-of libc's; all others run on. It is stopped for about a millisecond. Until one PTRACE_SETREGS nothing is altered but bytes
-that nobody uses: the zeros at the end of an executable mapping, and stack below the stack pointer. After it the thread
-needs no tracer: the code (shim/trampoline.S) does its work, puts everything back and issues ppoll() again. So
+of libc's; all others run on. It is stopped for about a millisecond. Until one PTRACE_SETREGS nothing is altered but
+bytes that nobody uses: the zeros at the end of an executable mapping, and stack below the stack pointer. After it the
+thread needs no tracer: the code (shim/trampoline.S) does its work, puts everything back and issues ppoll() again. So
 there is no instant at which our death would hurt the VM.
 
 Two detours cannot meet: code is written only while the one thread that could run it is seen to be asleep elsewhere.
@@ -134,8 +134,8 @@ def find_room(memory: Memory, maps: list[Mapping], holders: tuple[Object, ...], 
 def send(memory: Memory, program: Object, code: Code, entry: int, build: Build, timeout: float) -> Detour:
     """Wait until the main thread is parked, at most `timeout` seconds, and send it to the code at offset `entry`.
 
-    When this returns, the thread is on its way. Raises NeverParked, CannotInject, AlreadyTraced, NoPermission, NotFound or
-    VmGone; then nothing was altered.
+    When this returns, the thread is on its way. Raises NeverParked, CannotInject, AlreadyTraced, NoPermission,
+    NotFound or VmGone; then nothing was altered.
     """
     maps = memory.maps()
     target = find_target(memory, maps, program, code)

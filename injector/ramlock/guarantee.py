@@ -28,6 +28,7 @@ from ramlock.errors import (
 )
 from ramlock.reply import Guarantee, State
 from ramlock.sizes import Size, format_size
+from ramlock.teststeps import step
 
 ANSWER_TIME = 10.0
 """Seconds that a shim has to answer a command."""
@@ -75,6 +76,7 @@ def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline) ->
         arguments = wish.arguments(before.ram)
         may_raise = _raise_limit(before, wish, pid)
         try:
+            step("set-guarantee")
             client.execute("set_ram_minguarantee", arguments, deadline=Deadline(ANSWER_TIME))
         except CommandError as error:
             if error.reason == "waiting" and not started.expired:
@@ -173,6 +175,7 @@ def _raise_limit(before: Guarantee, wish: Wish, pid: int | None) -> bool:
 
     From outside, because QEMU's sandbox forbids it inside.
     """
+    step("set-limit")
     if before.memlock_limit is None or pid is None:
         return True
     try:

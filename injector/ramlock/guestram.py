@@ -1,9 +1,10 @@
 """QEMU's list of RAM blocks, read from outside: what the shim says about guest RAM is held against it.
 
 The list is QEMU's `ram_list`, a global that QEMUs export which the shim can serve. Its form (struct RAMBlock, QEMU's
-include/exec/ramblock.h, 4.2 to 10.2) is not promised by anyone, so every field is checked before it is believed: where the list
-begins is found by the back pointer of its first block, each block points back to the one before, names are
-text, and the memory is mapped. QEMU runs on while we read: a list that changes meanwhile makes no sense, and is read again.
+include/exec/ramblock.h, 4.2 to 10.2) is not promised by anyone, so every field is checked before it is believed: where
+the list begins is found by the back pointer of its first block, each block points back to the one before, names are
+text, and the memory is mapped. QEMU runs on while we read: a list that changes meanwhile makes no sense, and is read
+again.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 

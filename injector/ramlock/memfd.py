@@ -1,9 +1,9 @@
 """Give a process that cannot see the shim's file a memory file of its own with the same contents.
 
-Theory of operation: a detour of its main thread (detour.py) makes an empty memory file, named after the shim's build-id,
-and goes on. We then fill it from outside, through /proc/PID/fd, while nobody is stopped. The process keeps it open for
-good: so its name for dlopen(), /proc/self/fd/N, never comes to mean another file. If we die, the next injection finds the
-file by its name and completes it.
+Theory of operation: a detour of its main thread (detour.py) makes an empty memory file, named after the shim's
+build-id, and goes on. We then fill it from outside, through /proc/PID/fd, while nobody is stopped. The process keeps
+it open for good: so its name for dlopen(), /proc/self/fd/N, never comes to mean another file. If we die, the next
+injection finds the file by its name and completes it.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 
@@ -29,8 +29,8 @@ _POLL = 0.0005
 def provide(pid: int, shim: Path, build_id: str, timeout: float, proc: Path = procfs.PROC) -> str:
     """Return the path under which `pid` can open a memory file that holds the file `shim`.
 
-    Waits at most `timeout` seconds for the main thread to be parked. Raises what detour.send() raises; CannotInject also
-    when no such file can be made or filled.
+    Waits at most `timeout` seconds for the main thread to be parked. Raises what detour.send() raises; CannotInject
+    also when no such file can be made or filled.
     """
     contents = shim.read_bytes()
     name = f"ramlock-{build_id}"

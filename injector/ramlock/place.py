@@ -1,8 +1,8 @@
 """Where an injected shim's socket goes, and what must be there for it: folders, a link, and their removal.
 
-In a process of root's or of our own that sees our files, the shim chooses its usual place (docs/protocol.md). For one of
-another user or with another root it gets a folder of its own, /run/ramlock/PID in the root that *it* sees, which belongs to
-its user; /run/ramlock/PID.sock of the host leads there. PID is the host's, so that no two namespaces meet.
+In a process of root's or of our own that sees our files, the shim chooses its usual place (docs/protocol.md). For one
+of another user or with another root it gets a folder of its own, /run/ramlock/PID in the root that *it* sees, which
+belongs to its user; /run/ramlock/PID.sock of the host leads there. PID is the host's, so that no two namespaces meet.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 

@@ -1,7 +1,7 @@
 """May the shim be injected into this process, and if not, why not? Looks only: nothing is written, nobody stopped.
 
-Each check has an error of its own; `inject` refuses by the first that fails, `preflight` shows all. What cannot be looked at
-because an earlier check failed is left out.
+Each check has an error of its own; `inject` refuses by the first that fails, `preflight` shows all. What cannot be
+looked at because an earlier check failed is left out.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 
@@ -40,8 +40,8 @@ class Preflight:
     checks: list[Check] = field(default_factory=list)
     process: procfs.Process | None = None
     file: road.File | None = None
-    road: road.Road | None = None
-    place: place.Place | None = None
+    way: road.Road | None = None
+    where: place.Place | None = None
     blocks: list[guestram.Block] | None = None
 
     @property
@@ -99,8 +99,8 @@ def _look(report: Preflight, stack: ExitStack, environ: Mapping[str, str], socke
     check("room", lambda: (None, f"at {detour.find_room(target, maps, (libc, program), code):#x}"), needed=False)
     report.blocks = check("guest-ram", lambda: _guest_ram(target, program), needed=False)
     shims = _must(check("loaded", lambda: _loaded(target, program, maps, file, proc)))
-    report.road = check("road", lambda: _road(process, file, shims, maps, proc), needed=False)
-    report.place = check("socket", lambda: _place(process, socket, proc), needed=False)
+    report.way = check("road", lambda: _road(process, file, shims, maps, proc), needed=False)
+    report.where = check("socket", lambda: _place(process, socket, proc), needed=False)
 
 
 def _must(found: T | None) -> T:
@@ -197,7 +197,7 @@ def _glibc(target: memory.Memory, maps: list[memory.Mapping]) -> tuple[memory.Ob
         raise CannotInject(f"process {target.pid} uses musl, the shim needs glibc", "use a QEMU built for glibc")
     libc = detour.find_libc(target, maps)
     detour.find_symbols(target, maps, libc)
-    return libc, next(m.path for m in maps if m.holds(libc.bias, libc.bias))
+    return libc, next(m.path for m in maps if m.start == libc.bias)
 
 
 def _file(environ: Mapping[str, str]) -> tuple[road.File, str]:

@@ -1,8 +1,8 @@
 """By which path a target can load the shim's file: the file's own, or else a memory file (memfd.py).
 
-dlopen() finds an object again by the name under which it was loaded, and by the file's inode. So a file that was replaced at
-the same path would give the former object, and needs another spelling of its path; one that was overwritten in place
-needs a memory file.
+dlopen() finds an object again by the name under which it was loaded, and by the file's inode. So a file that was
+replaced at the same path would give the former object, and needs another spelling of its path; one that was
+overwritten in place needs a memory file.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 

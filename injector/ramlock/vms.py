@@ -80,7 +80,13 @@ def session(selector: Selector, *, patience: float = 0.0, proc: Path = procfs.PR
     Inside the block a broken connection becomes VmGone when it broke because the VM ended.
     Raises NotFound, NoPermission, Refused, and ControlError when the shim does not behave.
     """
-    vm = _connect(selector, Deadline(patience), proc)
+    with talk(_connect(selector, Deadline(patience), proc), proc) as vm:
+        yield vm
+
+
+@contextmanager
+def talk(vm: Vm, proc: Path = procfs.PROC) -> Iterator[Vm]:
+    """Begin the session with the shim of `vm`, and end it. Raises as session() does."""
     try:
         vm.client.greet(Deadline(ANSWER_TIME))
         yield vm

@@ -71,28 +71,37 @@ def command(
     deadline = Deadline(timeout)
     patience = guarantee.START_TIME if timeout is None else timeout
     with vms.session(chosen, patience=patience) as found:
-        placed = _place(found, guarantee.Wish(size, order, prefault), deadline)
-        now = placed
-        if wait:
-            try:
-                with _progress(found.label, placed) as show:
-                    now = guarantee.follow(
-                        found.client, placed, deadline=deadline, patient=timeout is not None, show=show
-                    )
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    f"no longer waiting; the guarantee stays at {format_size(placed.requested)}",
-                    "watch it with ramlock status, or set another one",
-                ) from None
-            except (Short, TimedOut):
-                if as_json:
-                    with suppress(ControlError):
-                        emit_json(guarantee.query(found.client).raw)
-                raise
+        wish = guarantee.Wish(size, order, prefault)
+        now = place_and_follow(found, wish, deadline, wait=wait, patient=timeout is not None, as_json=as_json)
         if as_json:
             emit_json(now.raw)
         else:
             emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
+
+
+def place_and_follow(
+    found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, wait: bool, patient: bool, as_json: bool = False
+) -> Guarantee:
+    """Set the guarantee and, with `wait`, follow it to its end. Raises what guarantee.place() and follow() raise.
+
+    With `as_json` the state is also printed when the guarantee is not reached.
+    """
+    placed = _place(found, wish, deadline)
+    if not wait:
+        return placed
+    try:
+        with _progress(found.label, placed) as show:
+            return guarantee.follow(found.client, placed, deadline=deadline, patient=patient, show=show)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"no longer waiting; the guarantee stays at {format_size(placed.requested)}",
+            "watch it with ramlock status, or set another one",
+        ) from None
+    except (Short, TimedOut):
+        if as_json:
+            with suppress(ControlError):
+                emit_json(guarantee.query(found.client).raw)
+        raise
 
 
 def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline) -> Guarantee:
