@@ -28,7 +28,7 @@ STOP_TIMEOUT = 0.05
 STACK_NEEDED = 128 << 10
 """Bytes of stack that loading a library may take; measured below 20 KiB."""
 MARK = b"ramlock's code\0\0"
-"""What stands before our code in a process: who finds it there knows that the room is ours, whatever version left it."""
+"""What stands before our code in a process: where it is found the room is ours, whatever version left it."""
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.002, 0.05
 _LIBC = ("libc.so.6", "libc-2.")
 _LIBDL = ("libdl.so.2", "libdl-2.")

@@ -107,7 +107,7 @@ def walk(read: Read, head: int, mapped: list[Area]) -> list[Block]:
 
 
 def find(read: Read, start: int, size: int, mapped: list[Area]) -> list[Block]:
-    """Find the list in the variable `ram_list`, `size` bytes at `start`: the only pointer in it that is pointed back to.
+    """Find the list in the variable `ram_list`, `size` bytes at `start`: the pointer in it that is pointed back to.
 
     Returns no blocks when there is no such pointer: there is no RAM yet. Raises Malformed and OSError.
     """

@@ -8,13 +8,12 @@ from outside, and only then lock anything. Everything may be done again: who com
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ramlock import (
-    __version__,
     detour,
     eject,
     endpoint,
@@ -27,6 +26,7 @@ from ramlock import (
     preflight,
     procfs,
     reply,
+    road,
     vms,
 )
 from ramlock.control import Client
@@ -36,7 +36,6 @@ from ramlock.errors import (
     CommandError,
     ControlError,
     GuestRamMismatch,
-    NoAnswer,
     NoPermission,
     NotFound,
     RamlockError,
@@ -48,7 +47,6 @@ from ramlock.text import printable
 
 SOCKET_TIME = 10.0
 """Seconds that the shim has to listen, counted from when it was started; QEMU's main loop may be busy."""
-_COMPARISONS = 3
 _POLL_FIRST, _POLL_MOST = 0.001, 0.02
 
 
@@ -61,6 +59,8 @@ class Options:
     timeout: float = 2.0
     """Seconds that the main thread has to be seen idle in."""
     upgrade: bool = False
+    owner: int | None = None
+    """The user who may always connect; None: we."""
 
 
 class Outcome(NamedTuple):
@@ -89,26 +89,20 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
     Raises NotFound, NoPermission and Refused when nothing was done, GuestRamMismatch when the shim was ejected again,
     and whatever a session can raise.
     """
-    pin = procfs.Pin(pid)
-    try:
-        process = procfs.read(pid)
-        found = _connect(process, options)
-    except BaseException:
-        pin.close()
-        raise
-    if found is None:
-        pin.close()
-        with _install(pid, options, environ) as result:
-            yield result
-        return
-    with vms.talk(_vm(process, pin, found)) as vm:
-        if not options.upgrade or version(vm) == __version__:
+    with ExitStack() as stack:
+        process, vm = _existing(stack, pid, options)
+        if vm is None:
+            report = preflight.look(pid, environ, options.socket)
+            report.require()
+            place.sweep()
+            yield _install(stack, _plan(report), options, None)
+        elif options.upgrade and (new := _plan_upgrade(vm, process, options, environ)):
+            yield _upgrade(stack, vm, *new)
+        else:
             blocks = _from_outside(process)
             source = _compare(vm, process, blocks) if blocks is not None else "qemu"
-            yield vm, Outcome(found[1], True, version(vm), source)
-            return
-    with _upgrade(pid, options, environ) as result:
-        yield result
+            yield vm, Outcome(vm.client.where, True, version(vm), source)
+        step("end")
 
 
 def version(vm: vms.Vm) -> str:
@@ -116,35 +110,51 @@ def version(vm: vms.Vm) -> str:
     return vm.client.package.removeprefix("ramlock ").strip()
 
 
-@contextmanager
-def _install(
-    pid: int, options: Options, environ: Mapping[str, str], replaced: str | None = None, books: Any = None
-) -> Iterator[tuple[vms.Vm, Outcome]]:
-    report = preflight.look(pid, environ, options.socket)
-    report.require()
-    process, file, way, where = report.process, report.file, report.way, report.where
-    if process is None or file is None or way is None or where is None or report.blocks is None:
-        raise CannotInject(f"process {pid} could not be looked at", "see ramlock preflight")
-    place.sweep()
-    path = way.path or memfd.provide(pid, file.path, file.build_id, options.timeout)
-    cost = _inject(process, file.path, path, where, options)
-    with vms.talk(_await(process, path, where)) as vm:
-        try:
-            if books is not None:
-                vm.client.execute("ramlock-adopt", books, deadline=Deadline(vms.ANSWER_TIME))
-            source = _compare(vm, process, report.blocks)
-        except GuestRamMismatch:
-            with suppress(RamlockError):
-                eject.eject(vm)
-            raise
-        started = _started(vm)
-        already = started is not None and started < cost.begun_ns  # somebody else was quicker
-        stopped = (started - cost.begun_ns) / 1000 if started is not None and not already else None
-        yield (
-            vm,
-            Outcome(vm.client.where, already, version(vm), source, cost.attempts, stopped, cost.traced_us, replaced),
-        )
-        step("end")
+class _Plan(NamedTuple):
+    """What a preflight without a fault has found."""
+
+    process: procfs.Process
+    file: road.File
+    way: road.Road
+    where: place.Place
+    blocks: list[guestram.Block]
+
+
+def _plan(report: preflight.Preflight) -> _Plan:
+    process, file, way, where, blocks = report.process, report.file, report.way, report.where, report.blocks
+    if process is None or file is None or way is None or where is None or blocks is None:
+        raise CannotInject(f"process {report.pid} could not be looked at", "see ramlock preflight")
+    return _Plan(process, file, way, where, blocks)
+
+
+def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Process, vms.Vm | None]:
+    """Open a session with the shim that is there already, if one is."""
+    pin = procfs.Pin(pid)
+    stack.callback(pin.close)
+    process = procfs.read(pid)
+    found = _connect(process, options)
+    pin.check()
+    return process, None if found is None else stack.enter_context(vms.talk(_vm(process, procfs.Pin(pid), found)))
+
+
+def _install(stack: ExitStack, plan: _Plan, options: Options, handed: Any) -> tuple[vms.Vm, Outcome]:
+    """Inject, and compare; `handed` is what a former shim has left to be adopted."""
+    process = plan.process
+    path = plan.way.path or memfd.provide(process.pid, plan.file.path, plan.file.build_id, options.timeout)
+    cost = _inject(process, plan.file.path, path, plan.where, options)
+    vm = stack.enter_context(vms.talk(_await(process, path, plan.where)))
+    try:
+        source = _compare(vm, process, plan.blocks)
+    except GuestRamMismatch:
+        with suppress(RamlockError):
+            eject.eject(vm)
+        raise
+    if handed is not None:
+        _adopt(vm, handed)
+    started = _started(vm)
+    already = started is not None and started < cost.begun_ns  # somebody else was quicker
+    stopped = (started - cost.begun_ns) / 1000 if started is not None and not already else None
+    return vm, Outcome(vm.client.where, already, version(vm), source, cost.attempts, stopped, cost.traced_us)
 
 
 def _inject(process: procfs.Process, file: Path, path: str, where: place.Place, options: Options) -> inject.Injection:
@@ -158,9 +168,77 @@ def _inject(process: procfs.Process, file: Path, path: str, where: place.Place, 
     return cost
 
 
+def _plan_upgrade(
+    vm: vms.Vm, process: procfs.Process, options: Options, environ: Mapping[str, str]
+) -> tuple[_Plan, Options, loaded.Shim] | None:
+    """Look whether our shim is another than the one that serves; None when it is the same.
+
+    The settings of the former one are kept as far as they can be known.
+    """
+    theirs = procfs.environ(process.pid) or {}
+    allowed = theirs.get("RAMLOCK_ALLOW_UID", "")
+    facts = _ask(vm, "query-ramlock")
+    kept = replace(
+        options,
+        socket=options.socket or theirs.get("RAMLOCK_SOCKET") or place.linked(process),
+        allow_uid=int(allowed) if options.allow_uid is None and allowed.isdecimal() else options.allow_uid,
+        owner=process.uids[0] if facts.get("entry") == "preloaded" else None,
+    )
+    report = preflight.look(process.pid, environ, kept.socket)
+    report.require()
+    plan = _plan(report)
+    # Shims that were ejected stay loaded; one that does not say where it is was most likely the last to come.
+    serving = [found for found in report.shims if found.base == facts.get("base")] or report.shims
+    if not serving or serving[-1].build_id == plan.file.build_id:
+        return None
+    return plan, kept, serving[-1]
+
+
+def _upgrade(
+    stack: ExitStack, vm: vms.Vm, plan: _Plan, options: Options, former: loaded.Shim
+) -> tuple[vms.Vm, Outcome]:
+    """Replace the shim by ours. What it has locked stays locked: the new one takes over its books.
+
+    When the new one cannot be brought in, the former one is started again, with its books. Raises what hindered the
+    new one.
+    """
+    process, pid = plan.process, plan.process.pid
+    old = version(vm)
+    step("hand-over")
+    try:
+        handed = vm.client.execute("ramlock-eject", {"keep": True}, deadline=Deadline(vms.ANSWER_TIME))
+    except CommandError:
+        raise Refused(
+            f"ramlock {old} in process {pid} cannot be replaced while it holds memory",
+            "take it out with ramlock eject, which unlocks everything, and inject again",
+        ) from None
+    try:
+        eject.wait_gone(pid, eject.GOING_TIME)
+        found, outcome = _install(stack, plan, options, handed)
+    except (RamlockError, OSError):
+        eject.wait_gone(pid, eject.GOING_TIME)
+        _inject(process, plan.file.path, former.name, plan.where, options)
+        with vms.talk(_await(process, former.name, plan.where)) as again:
+            _adopt(again, handed)
+        raise
+    return found, outcome._replace(replaced=old)
+
+
+def _adopt(vm: vms.Vm, handed: Any) -> None:
+    """Give a shim the books of a former one, as soon as it knows guest RAM. Raises CommandError."""
+    step("adopt")
+    if not isinstance(handed, dict):
+        raise ControlError("the former shim handed nothing over", "what it had locked stays locked until the VM ends")
+    deadline = Deadline(guarantee.START_TIME)
+    while guarantee.query(vm.client).state is reply.State.WAITING and not deadline.expired:
+        time.sleep(_POLL_MOST)
+    vm.client.execute("ramlock-adopt", handed, deadline=Deadline(vms.ANSWER_TIME))
+
+
 def _config(process: procfs.Process, where: place.Place, options: Options) -> bytes:
     """The shim's settings. The guarantee is not among them: first what it knows of guest RAM is held against ours."""
-    lines = [f"RAMLOCK_OWNER_UID={place.uid_inside(os.geteuid(), process.pid)}"]
+    owner = os.geteuid() if options.owner is None else options.owner
+    lines = [f"RAMLOCK_OWNER_UID={place.uid_inside(owner, process.pid)}"]
     if where.path is not None:
         lines.append(f"RAMLOCK_SOCKET={where.path}")
     if options.allow_uid is not None:
@@ -266,16 +344,14 @@ def _compare(vm: vms.Vm, process: procfs.Process, outside: list[guestram.Block])
 
 def _started(vm: vms.Vm) -> int | None:
     """When ramlock_start() ended in the shim, in ns of CLOCK_MONOTONIC."""
-    answer = vm.client.execute("query-ramlock", deadline=Deadline(vms.ANSWER_TIME))
-    value = answer.get("started-ns") if isinstance(answer, dict) else None
+    value = _ask(vm, "query-ramlock").get("started-ns")
     return value if isinstance(value, int) else None
 
 
-@contextmanager
-def _upgrade(pid: int, options: Options, environ: Mapping[str, str]) -> Iterator[tuple[vms.Vm, Outcome]]:
-    """Replace the shim by ours. What it has locked stays locked: the new one takes over the old one's books."""
-    raise Refused("not yet", "not yet")
-    yield
-
-
-_UNUSED = (CommandError, guarantee, reply, _COMPARISONS)
+def _ask(vm: vms.Vm, command: str) -> dict[str, Any]:
+    """Ask what older shims do not know; they answer nothing."""
+    try:
+        answer = vm.client.execute(command, deadline=Deadline(vms.ANSWER_TIME))
+    except CommandError:
+        return {}
+    return answer if isinstance(answer, dict) else {}

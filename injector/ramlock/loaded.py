@@ -31,6 +31,7 @@ class Loaded(NamedTuple):
 class Shim(NamedTuple):
     """A ramlock.so in the process. It stays there after it was ejected."""
 
+    base: int
     name: str
     build_id: str
 
@@ -80,7 +81,7 @@ def shims(memory: Memory, program: Object, maps: list[Mapping], own: os.stat_res
         if found.base in candidates:
             shim = Object(memory, found.base)
             if shim.find("ramlock_start"):
-                result.append(Shim(found.name, shim.build_id()))
+                result.append(Shim(found.base, found.name, shim.build_id()))
     return result
 
 

@@ -81,6 +81,15 @@ def link(process: procfs.Process, place: Place, proc: Path = procfs.PROC, run: P
         name.symlink_to(_seen_from_here(process, place.path, proc))
 
 
+def linked(process: procfs.Process, run: Path = RUN) -> str | None:
+    """Return the place that link() recorded, as the target sees it; None when none was named."""
+    try:
+        path = os.readlink(run / f"{process.pid}.sock").removeprefix(f"/proc/{process.pid}/root")
+    except OSError:
+        return None
+    return None if path == endpoint.own_socket(process.pid) else path
+
+
 def remove(process: procfs.Process, proc: Path = procfs.PROC, run: Path = RUN) -> None:
     """Take away folder and link of a process whose shim has gone. Never raises."""
     with suppress(OSError, NoPermission, NotFound), ExitStack() as stack:

@@ -43,6 +43,7 @@ class Preflight:
     way: road.Road | None = None
     where: place.Place | None = None
     blocks: list[guestram.Block] | None = None
+    shims: list[loaded.Shim] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -61,7 +62,7 @@ class _Stop(Exception):
 
 
 def look(pid: int, environ: Mapping[str, str], socket: str | None = None, proc: Path = procfs.PROC) -> Preflight:
-    """Run every check on `pid`; `environ` is ours, `socket` the place that the user wants. Raises nothing of ramlock's."""
+    """Run every check on `pid`; `environ` is ours, `socket` the place that the user wants. Never refuses."""
     report = Preflight(pid)
     try:
         with ExitStack() as stack:
@@ -98,7 +99,7 @@ def _look(report: Preflight, stack: ExitStack, environ: Mapping[str, str], socke
     code = detour.load_code(file.path)
     check("room", lambda: (None, f"at {detour.find_room(target, maps, (libc, program), code):#x}"), needed=False)
     report.blocks = check("guest-ram", lambda: _guest_ram(target, program), needed=False)
-    shims = _must(check("loaded", lambda: _loaded(target, program, maps, file, proc)))
+    report.shims = shims = _must(check("loaded", lambda: _loaded(target, program, maps, file, proc)))
     report.way = check("road", lambda: _road(process, file, shims, maps, proc), needed=False)
     report.where = check("socket", lambda: _place(process, socket, proc), needed=False)
 

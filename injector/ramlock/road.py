@@ -114,7 +114,7 @@ def has_proc(process: procfs.Process, proc: Path = procfs.PROC) -> bool:
 
 
 def _may_read(process: procfs.Process, shim: File, proc: Path) -> bool:
-    """Whether the file's mode, and those of the folders above, let the target's user read it. Other rules may forbid it."""
+    """Whether the modes of the file and of the folders above let the target's user read it; other rules may not."""
     capabilities = procfs.capabilities(process.pid, "CapEff", proc)
     if capabilities >> _CAP_DAC_OVERRIDE & 1 or capabilities >> _CAP_DAC_READ_SEARCH & 1:
         return True

@@ -5,6 +5,7 @@ import os
 import signal
 
 STEPS = (
+    "hand-over",
     "begin",
     "ptrace-seize",
     "ptrace-interrupt",
@@ -22,6 +23,7 @@ STEPS = (
     "fill-memfd-done",
     "wait-socket",
     "compare",
+    "adopt",
     "set-limit",
     "set-guarantee",
     "end",

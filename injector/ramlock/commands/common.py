@@ -52,7 +52,10 @@ def one_vm_options(function: F) -> F:
 
 
 def which_pid(pid: int | None, vm: str | None, find: Callable[[str], int]) -> int:
-    """Return the process that is meant; `find` finds it by the VM's name. Raises UsageError unless exactly one is given."""
+    """Return the process that is meant; `find` finds it by the VM's name.
+
+    Raises UsageError unless exactly one of the two is given.
+    """
     if (pid is None) == (vm is None):
         raise UsageError("which VM is meant?", "give exactly one of --pid PID and --vm NAME")
     return pid if pid is not None else find(vm or "")
