@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
     """A shim in a VM, and what it took to bring it there."""
 
     socket: str
-    """As the VM's process sees it."""
+    """Where it can be reached from here."""
     already: bool
     """Whether it was there before."""
     version: str
@@ -101,7 +101,7 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
         else:
             blocks = _from_outside(process)
             source = _compare(vm, process, blocks) if blocks is not None else "qemu"
-            yield vm, Outcome(vm.client.where, True, version(vm), source)
+            yield vm, Outcome(place.from_here(process, vm.client.where), True, version(vm), source)
         step("end")
 
 
@@ -132,7 +132,14 @@ def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Proc
     pin = procfs.Pin(pid)
     stack.callback(pin.close)
     process = procfs.read(pid)
-    found = _connect(process, options)
+    deadline = Deadline(options.timeout)
+    while (found := _connect(process, options)) is None and eject.serves(pid):
+        if deadline.expired:
+            raise Refused(
+                f"there is a shim in process {pid}, but its socket is not found",
+                "say where it is with --socket; a VM that is just starting, or stopped, may need some time",
+            )
+        time.sleep(_POLL_MOST)
     pin.check()
     return process, None if found is None else stack.enter_context(vms.talk(_vm(process, procfs.Pin(pid), found)))
 
@@ -154,7 +161,8 @@ def _install(stack: ExitStack, plan: _Plan, options: Options, handed: Any) -> tu
     started = _started(vm)
     already = started is not None and started < cost.begun_ns  # somebody else was quicker
     stopped = (started - cost.begun_ns) / 1000 if started is not None and not already else None
-    return vm, Outcome(vm.client.where, already, version(vm), source, cost.attempts, stopped, cost.traced_us)
+    where = place.from_here(process, vm.client.where)
+    return vm, Outcome(where, already, version(vm), source, cost.attempts, stopped, cost.traced_us)
 
 
 def _inject(process: procfs.Process, file: Path, path: str, where: place.Place, options: Options) -> inject.Injection:

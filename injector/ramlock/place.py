@@ -186,6 +186,12 @@ def _remove_own(ours: int, name: str) -> None:
     os.rmdir(name, dir_fd=ours)
 
 
+def from_here(process: procfs.Process, path: str, proc: Path = procfs.PROC, run: Path = RUN) -> str:
+    """Return where we reach the socket that the target sees at `path`."""
+    name = run / f"{process.pid}.sock"
+    return str(name) if name.exists() else _seen_from_here(process, path, proc)
+
+
 def _seen_from_here(process: procfs.Process, path: str, proc: Path) -> str:
     if procfs.same_root(process.pid, proc):
         return path
