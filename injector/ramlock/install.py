@@ -132,6 +132,8 @@ def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Proc
     pin = procfs.Pin(pid)
     stack.callback(pin.close)
     process = procfs.read(pid)
+    if process.ended:
+        return process, None  # a zombie: the preflight says so
     deadline = Deadline(options.timeout)
     while (found := _connect(process, options)) is None and eject.serves(pid):
         if deadline.expired:

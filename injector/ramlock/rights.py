@@ -25,7 +25,7 @@ class Facts(NamedTuple):
     permitted: int
     """The target's permitted capabilities."""
     owner: int
-    """Who owns /proc/PID: root, when the process may not be dumped."""
+    """Who owns the files in /proc/PID: root, when the process may not be dumped."""
     yama: int
     """kernel.yama.ptrace_scope; 0 where there is no Yama."""
 
@@ -33,7 +33,8 @@ class Facts(NamedTuple):
 def facts(process: procfs.Process, proc: Path = procfs.PROC) -> Facts:
     """Read them. Raises NotFound when the process has ended."""
     try:
-        owner = (proc / str(process.pid)).stat().st_uid
+        # Of a file in it: the folder itself always belongs to the process's user.
+        owner = (proc / str(process.pid) / "status").stat().st_uid
         permitted = procfs.capabilities(process.pid, "CapPrm", proc)
     except OSError:
         owner, permitted = process.uids[1], 0
