@@ -18,7 +18,7 @@ VERBS = {
     "inject": "Bring the shim into a VM that runs already.",
     "set": "Set how much guest RAM is guaranteed.",
     "status": "Show what is guaranteed and what is locked.",
-    "preflight": "Say whether the shim can be injected, and if not, why.",
+    "preflight": "Say whether a VM can be injected, and if not, why.",
     "eject": "Take the shim out of a VM that runs.",
 }
 """Every verb and its one line of help; `ramlock --help` needs no more, and loads none of the modules."""

@@ -1,4 +1,4 @@
-"""`ramlock preflight`: say whether the shim can be injected into a VM, and if not, why."""
+"""`ramlock preflight`: say whether a VM can be injected, and if not, why."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
@@ -13,7 +13,7 @@ from ramlock.commands.common import emit, emit_json, one_vm_options, which_pid
 @one_vm_options
 @click.option("--json", "as_json", is_flag=True, help='Print {"ok", "checks": [{"name", "ok", "detail", "hint"}]}.')
 def command(pid: int | None, vm: str | None, as_json: bool) -> int:
-    """Say whether `ramlock inject` would work, and if not, why.
+    """Say whether a VM can be injected, and if not, why.
 
     Looks only: nothing is written to the VM, nothing is stopped. Exit code 0 when every check passes, else 4.
 
