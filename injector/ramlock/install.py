@@ -20,6 +20,7 @@ from ramlock import (
     guarantee,
     guestram,
     inject,
+    kept,
     loaded,
     memfd,
     place,
@@ -95,12 +96,16 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
             report = preflight.look(pid, environ, options.socket)
             report.require()
             place.sweep()
-            yield _install(stack, _plan(report), options, None)
+            plan = _plan(report)
+            found, outcome = _install(stack, plan, options, None)
+            _adopt_kept(found, plan.process)
+            yield found, outcome
         elif options.upgrade and (new := _plan_upgrade(vm, process, options, environ)):
             yield _upgrade(stack, vm, *new)
         else:
             blocks = _from_outside(process)
             source = _compare(vm, process, blocks) if blocks is not None else "qemu"
+            _adopt_kept(vm, process)
             yield vm, Outcome(place.from_here(process, vm.client.where), True, version(vm), source)
         step("end")
 
@@ -146,7 +151,7 @@ def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Proc
     return process, None if found is None else stack.enter_context(vms.talk(_vm(process, procfs.Pin(pid), found)))
 
 
-def _install(stack: ExitStack, plan: _Plan, options: Options, handed: Any) -> tuple[vms.Vm, Outcome]:
+def _install(stack: ExitStack, plan: _Plan, options: Options, handed: dict[str, Any] | None) -> tuple[vms.Vm, Outcome]:
     """Inject, and compare; `handed` is what a former shim has left to be adopted."""
     process = plan.process
     path = plan.way.path or memfd.provide(process.pid, plan.file.path, plan.file.build_id, options.timeout)
@@ -222,6 +227,9 @@ def _upgrade(
             f"ramlock {old} in process {pid} cannot be replaced while it holds memory",
             "take it out with ramlock eject, which unlocks everything, and inject again",
         ) from None
+    if not isinstance(handed, dict):
+        raise ControlError("the former shim handed nothing over", "what it had locked stays locked until the VM ends")
+    kept.write(process, handed)
     try:
         eject.wait_gone(pid, eject.GOING_TIME)
         found, outcome = _install(stack, plan, options, handed)
@@ -230,19 +238,27 @@ def _upgrade(
         _inject(process, plan.file.path, former.name, plan.where, options)
         with vms.talk(_await(process, former.name, plan.where)) as again:
             _adopt(again, handed)
+        kept.remove(process)
         raise
+    kept.remove(process)
     return found, outcome._replace(replaced=old)
 
 
-def _adopt(vm: vms.Vm, handed: Any) -> None:
+def _adopt(vm: vms.Vm, handed: dict[str, Any]) -> None:
     """Give a shim the books of a former one, as soon as it knows guest RAM. Raises CommandError."""
     step("adopt")
-    if not isinstance(handed, dict):
-        raise ControlError("the former shim handed nothing over", "what it had locked stays locked until the VM ends")
     deadline = Deadline(guarantee.START_TIME)
     while guarantee.query(vm.client).state is reply.State.WAITING and not deadline.expired:
         time.sleep(_POLL_MOST)
     vm.client.execute("ramlock-adopt", handed, deadline=Deadline(vms.ANSWER_TIME))
+
+
+def _adopt_kept(vm: vms.Vm, process: procfs.Process) -> None:
+    """Finish an upgrade that was broken off. A shim that has a guarantee by now takes no other books."""
+    if (handed := kept.read(process)) is not None:
+        with suppress(CommandError):
+            _adopt(vm, handed)
+        kept.remove(process)
 
 
 def _config(process: procfs.Process, where: place.Place, options: Options) -> bytes:

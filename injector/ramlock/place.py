@@ -113,11 +113,13 @@ def sweep(proc: Path = procfs.PROC, run: Path = RUN) -> None:
         folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         stack.callback(os.close, folder)
         for entry in os.listdir(folder):
-            found = re.fullmatch(r"(\d+)(\.sock)?", entry, re.ASCII)
+            found = re.fullmatch(r"(\d+)(\.sock|\.books)?", entry, re.ASCII)
             if found is None or (proc / found[1]).exists():
                 continue
             with suppress(OSError):
-                if found[2]:
+                if found[2] == ".books":
+                    os.unlink(entry, dir_fd=folder)
+                elif found[2]:
                     facts = os.stat(entry, dir_fd=folder, follow_symlinks=False)
                     if (stat.S_ISLNK(facts.st_mode) or stat.S_ISSOCK(facts.st_mode)) and not _alive(run / entry):
                         os.unlink(entry, dir_fd=folder)

@@ -378,6 +378,23 @@ def test_upgrade_of_a_preloaded_shim(other: Path) -> None:
         assert_holds(guest, 48 * MIB)
 
 
+@pytest.mark.parametrize("step", ["hand-over", "ptrace-setregs", "wait-socket", "adopt"])
+def test_killed_during_an_upgrade(other: Path, step: str) -> None:
+    """What is locked stays locked, and whoever comes next takes it over."""
+    with Guest(how="plain") as guest:
+        inject(guest, "--guarantee", "32M", env={"RAMLOCK_SHIM": str(other)})
+        held = assert_holds(guest, 32 * MIB)
+        result = ramlock("inject", "--pid", guest.pid, "--upgrade", env={"RAMLOCK_TEST_KILL_AT": step})
+        assert result.returncode == -signal.SIGKILL, step
+        guest.check_unharmed()
+        assert truth.locked(guest.pid).ranges == held.ranges
+        inject(guest)
+        assert assert_holds(guest, 32 * MIB).ranges == held.ranges
+        assert ramlock("set", "0", "--pid", guest.pid).returncode == 0
+        assert truth.vm_lck(guest.pid) == 0
+        assert not Path(f"/run/ramlock/{guest.pid}.books").exists()
+
+
 def test_a_failed_upgrade_brings_the_former_one_back(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Guest(how="plain") as guest:
         inject(guest, "--guarantee", "32M")

@@ -16,7 +16,7 @@ FLOORS = [
     {"host", "inside", "memory", "rights", "x86_64"},
     {"endpoint", "guestram", "loaded"},
     {"launch", "guarantee", "detour", "place", "road"},
-    {"vms", "inject", "memfd", "preflight"},
+    {"vms", "inject", "kept", "memfd", "preflight"},
     {"eject"},
     {"install"},
     {"commands"},

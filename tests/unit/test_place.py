@@ -88,6 +88,7 @@ def test_only_the_dead_are_swept(tmp_path: Path) -> None:
     (tmp_path / f"{DEAD + 2}.sock").write_text("a file that is no socket")
     (tmp_path / str(DEAD + 3)).symlink_to(tmp_path / str(living))
     (tmp_path / "other.sock").touch()
+    (tmp_path / f"{DEAD}.books").touch()
     place.sweep(run=tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     kept = {str(living), f"{living}.sock", str(DEAD + 1), f"{DEAD + 2}.sock", str(DEAD + 3), "other.sock"}
