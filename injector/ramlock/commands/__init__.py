@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _run(argv: Sequence[str] | None) -> int:
     try:
         code = cli.main(args=argv, prog_name="ramlock", standalone_mode=False)
-        sys.stdout.flush()
+        _flush_output()
         return code if isinstance(code, int) else 0
     except RamlockError as error:
         _tell(error.message, error.hint)
@@ -101,8 +101,7 @@ def _run(argv: Sequence[str] | None) -> int:
         _tell("interrupted before anything was changed", "run it again")
         return 130
     except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would stumble over the rest of it on the way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever read it has seen enough
         return 1
     except Exception as error:  # noqa: BLE001 whatever it is, the user gets two lines and not a traceback
         if os.environ.get("RAMLOCK_DEBUG"):
@@ -114,6 +113,24 @@ def _run(argv: Sequence[str] | None) -> int:
             "this is a fault in ramlock; please report it with what RAMLOCK_DEBUG=1 prints",
         )
         return 1
+
+
+def _flush_output() -> None:
+    """Write what is left of our output. Raises RamlockError when it cannot be, as on a full disk."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise RamlockError(
+            f"cannot write the output: {error.strerror}", "what was asked has been done; see it with: ramlock status"
+        ) from None
+
+
+def _discard_output() -> None:
+    """Let what is left of our output go nowhere; Python would stumble over it on the way out, and exit with 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tell(message: str, hint: str) -> None:
