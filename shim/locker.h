@@ -56,6 +56,8 @@ struct locker {
 	uint64_t layout_generation;
 
 	struct books books;
+	bool suspended; /* guest RAM is not to be locked or populated now */
+	uint64_t n_steps; /* counts steps begun */
 	struct range in_flight; /* the range that a step works on now; empty when none */
 
 	enum locker_state state;
@@ -99,6 +101,12 @@ void locker_set_launch(struct locker *l, const struct wish *wish);
 void locker_set_layout(struct locker *l, const struct ram_layout *layout);
 
 /*
+ * Holds locking and populating back, or lets it go on: while the VM is the target of a postcopy migration, a locked page
+ * cannot be discarded and a populated one is lost to the source. Unlocking goes on.
+ */
+void locker_suspend(struct locker *l, bool suspended);
+
+/*
  * [gone] is about to be unmapped: forgets it, and waits until no step works on it. At most 100 ms: the caller is QEMU's
  * main thread. A step that takes longer is past its mlock2() then, and only populates.
  */
@@ -118,6 +126,9 @@ void locker_give(const struct locker *l, struct books *books, struct wish *wish)
  * is held or wished for here already, or -EINVAL when @books is not about locked guest RAM; then nothing has changed.
  */
 int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish);
+
+/* Whether the guarantee would grow with guest RAM. */
+bool locker_wants_more(struct locker *l);
 
 struct locker_block {
 	struct ram_block block;

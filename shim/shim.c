@@ -133,6 +133,7 @@ static void look(void *opaque)
 {
 	static struct ram_layout layout;
 	struct shim *s = opaque;
+	bool spare, postcopy;
 	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
 
 	if (!atomic_load(&s->active))
@@ -143,12 +144,17 @@ static void look(void *opaque)
 		if (!s->watching)
 			s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
 		atomic_store(&s->dirty, false);
-		if (qemu_walk(&layout))
+		if (qemu_walk(&layout, &spare))
 			warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
+		postcopy = qemu_is_postcopy_target();
+		locker_suspend(&s->locker, postcopy);
 		if (!atomic_load(&s->known))
 			launch_guarantee(s, layout.total);
 		locker_set_layout(&s->locker, &layout);
 		atomic_store(&s->known, true);
+		/* QEMU tells neither of the end of a migration nor of a backend that is plugged in: look again, by and by. */
+		if (postcopy || (spare && locker_wants_more(&s->locker)))
+			atomic_store(&s->dirty, true);
 	}
 	pthread_mutex_lock(&s->looking);
 	atomic_store(&s->scheduled, false);
@@ -222,9 +228,8 @@ static int find_ram(struct shim *s)
 		schedule_look(s);
 		return -1;
 	}
-	if (atomic_load(&s->known))
-		s->pause_ms = LOOK_AGAIN_MIN_MS;
 	if (!atomic_load(&s->dirty)) {
+		s->pause_ms = LOOK_AGAIN_MIN_MS;
 		s->look_at_ms = 0;
 		return -1;
 	}
@@ -278,7 +283,7 @@ static void eject(struct shim *s)
 	control_unlink(&s->control);
 	pthread_mutex_unlock(&s->binding);
 	control_deinit(&s->control);
-	headroom_deinit(&s->locker.stepper.headroom);
+	stepper_deinit(&s->locker.stepper);
 	atomic_store(&s->active, false); /* ramlock_start() may come from now on */
 }
 
@@ -293,7 +298,7 @@ static void *control_run(void *arg)
 		qemu_init(&s->qemu);
 		s->commands.symbols = s->qemu.symbols;
 	}
-	headroom_open(&s->locker.stepper.headroom, "");
+	stepper_open(&s->locker.stepper, "");
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
 		control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
@@ -363,7 +368,7 @@ static void after_fork_in_child(void)
 	s->forks++;
 	if (s->qemu.symbols ? qemu_has_main_loop() : !s->daemonizes || s->forks > 2)
 		return;
-	headroom_deinit(&s->locker.stepper.headroom);
+	stepper_deinit(&s->locker.stepper);
 	control_deinit(&s->control);
 	start(s);
 }
