@@ -77,6 +77,7 @@ static void what_cannot_be_read_is_not_there(void)
 	end();
 	begin();
 	put("proc/self/mountinfo", v2_mount, "/");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
 	put("sys/fs/cgroup/vm/memory.max", "%d\n", 1 << 30);
 	put("proc/self/cgroup", "0::/vm\n"); /* no memory.current */
 	CHECK_EQ(left(&why), 0);
@@ -97,6 +98,7 @@ static void the_tightest_ancestor_counts(void)
 
 	begin();
 	put("proc/self/mountinfo", v2_mount, "/");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
 	put("proc/self/cgroup", "0::/machine/vm\n");
 	put_v2("sys/fs/cgroup/machine", 3200, 2048);
 	put("sys/fs/cgroup/machine/memory.stat", "anon 1\ninactive_anon 0\nactive_anon 0\ninactive_file %lld\n",
@@ -170,6 +172,7 @@ static void a_move_to_another_cgroup_is_noticed(void)
 
 	begin();
 	put("proc/self/mountinfo", v2_mount, "/");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
 	put("proc/self/cgroup", "0::/wide\n");
 	put_v2("sys/fs/cgroup/wide", 4096, 0);
 	put_v2("sys/fs/cgroup/tight", 128, 0);
