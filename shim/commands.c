@@ -207,6 +207,7 @@ static void query_ramlock(struct commands *c, struct json_object *arguments, str
 	r->value = json_object_new_object();
 	add_string(r->value, "version", RAMLOCK_VERSION);
 	add_size(r->value, "pid", (uint64_t)getpid());
+	add_size(r->value, "base", c->base);
 	add_string(r->value, "entry", c->injected ? "injected" : "preloaded");
 	if (c->injected)
 		add_size(r->value, "started-ns", *c->started_ns);

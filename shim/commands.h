@@ -16,6 +16,7 @@ struct commands {
 	bool injected; /* rather than preloaded */
 	const uint64_t *started_ns; /* CLOCK_MONOTONIC at the end of the injection */
 	void (*halt)(void *opaque); /* ends the lock thread */
+	uint64_t base; /* where this object is loaded */
 	bool eject; /* the shim is to leave when all is released */
 	bool keep; /* ... or at once, with all left as it is */
 	struct books books; /* scratch, as `status` */

@@ -81,11 +81,11 @@ int guarantee_parse(const char *text, struct guarantee *out, const char **why)
 		*why = "has an unknown unit: use K, M, G, T or KiB, MiB, GiB, TiB";
 		return -EINVAL;
 	}
-	millionths = (millionths << shift) / MILLION;
-	if (millionths > INT64_MAX) {
+	if (millionths >> (127 - shift) || (millionths << shift) / MILLION > INT64_MAX) {
 		*why = "is too large";
 		return -EINVAL;
 	}
+	millionths = (millionths << shift) / MILLION;
 	if (!shift && millionths > 0 && millionths < 1 << 20) {
 		*why = "is a very small number of bytes: add a unit, such as M";
 		return -EINVAL;

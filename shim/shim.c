@@ -26,6 +26,7 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -46,6 +47,7 @@ enum {
 	LOOK_AGAIN_MIN_MS = 20,
 	LOOK_AGAIN_MAX_MS = 1000,
 	LOOK_NOW_MS = 100, /* the longest that a command waits for QEMU's main loop */
+	BUSY_MS = 500, /* for so long, commands do not wait again for a main loop that was busy */
 	STACK_BYTES = 256 << 10, /* with -overcommit mem-lock=on all of it gets locked */
 };
 
@@ -69,23 +71,38 @@ static struct shim {
 	bool begun; /* QEMU's main loop was seen; this and what follows: control thread only */
 	unsigned int polls;
 	unsigned int pause_ms; /* before guest RAM is looked at again */
+	int64_t looked_ms; /* when a command last waited for a look */
 	int64_t look_at_ms; /* when that will be; 0: not decided */
 	pthread_t lock_thread;
 	bool halted; /* lock_thread was joined */
+	bool has_stderr; /* descriptor 2 is standard error: known only when preloaded */
 	bool injected;
 	bool daemonizes; /* -daemonize is on the command line; only when preloaded */
 	uint64_t started_ns; /* CLOCK_MONOTONIC at the end of ramlock_start() */
 } shim;
 
+/*
+ * Says something on standard error; if that is what descriptor 2 is: where QEMU was started without one, it is something of
+ * QEMU's own by now, perhaps a disk. A reader that has gone must not end QEMU, which ignores SIGPIPE only later.
+ */
 __attribute__((format(printf, 1, 2))) static void warn(const char *fmt, ...)
 {
+	const struct timespec at_once = { 0 };
+	sigset_t pipe, before;
 	char text[512];
 	va_list ap;
 
+	if (!shim.has_stderr)
+		return;
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	dprintf(STDERR_FILENO, "ramlock: %s\n", text);
+	sigemptyset(&pipe);
+	sigaddset(&pipe, SIGPIPE);
+	pthread_sigmask(SIG_BLOCK, &pipe, &before);
+	if (dprintf(STDERR_FILENO, "ramlock: %s\n", text) < 0 && errno == EPIPE)
+		sigtimedwait(&pipe, NULL, &at_once);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 /* ---- On QEMU's main thread ---- */
@@ -193,9 +210,10 @@ static void look_now(void *opaque)
 {
 	struct shim *s = opaque;
 	struct timespec deadline;
+	bool busy = false;
 
-	if (!atomic_load(&s->known))
-		return;
+	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + LOOK_AGAIN_MIN_MS)
+		return; /* a flood of commands is no flood of bottom halves, nor of waits */
 	clock_gettime(CLOCK_MONOTONIC, &deadline);
 	deadline.tv_nsec += LOOK_NOW_MS * 1000000;
 	if (deadline.tv_nsec >= 1000000000) {
@@ -205,9 +223,12 @@ static void look_now(void *opaque)
 	schedule_look(s);
 	pthread_mutex_lock(&s->looking);
 	while (atomic_load(&s->scheduled))
-		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline))
+		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline)) {
+			busy = true;
 			break;
+		}
 	pthread_mutex_unlock(&s->looking);
+	s->looked_ms = now_ms() + (busy ? BUSY_MS : 0);
 }
 
 /* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. */
@@ -321,6 +342,7 @@ static void *control_run(void *arg)
 static int start(struct shim *s)
 {
 	pthread_condattr_t attr;
+	Dl_info self;
 	int err;
 
 	pthread_mutex_init(&s->binding, NULL);
@@ -345,6 +367,7 @@ static int start(struct shim *s)
 	s->commands.opaque = s;
 	s->commands.injected = s->injected;
 	s->commands.started_ns = &s->started_ns;
+	s->commands.base = dladdr(s, &self) ? (uint64_t)(uintptr_t)self.dli_fbase : 0;
 	s->server = (struct qmp_server){ commands_run, &s->commands };
 	atomic_store(&s->active, true);
 	err = control_init(&s->control, &s->config, &s->server);
@@ -365,6 +388,8 @@ static void after_fork_in_child(void)
 		return;
 	/* The threads, and what they were about, stayed with the parent. */
 	s->control.owner = 0;
+	if (s->forks < ANCESTORS_MAX)
+		s->control.ancestors[s->forks] = getppid();
 	s->forks++;
 	if (s->qemu.symbols ? qemu_has_main_loop() : !s->daemonizes || s->forks > 2)
 		return;
@@ -424,6 +449,7 @@ __attribute__((constructor)) static void enter(void)
 	qemu_init(&s->qemu);
 	if (!s->qemu.emulator)
 		return;
+	s->has_stderr = fcntl(STDERR_FILENO, F_GETFD) >= 0;
 	leave_preload();
 	s->daemonizes = qemu_daemonizes();
 	config_from_environment(&s->config, warn);
