@@ -296,3 +296,40 @@ def test_a_bar_on_a_terminal(serve: Serve) -> None:
     assert "512 MiB of 1 GiB" in shown
     assert "━" in shown
     assert "1 GiB guaranteed, 1 GiB locked" in shown
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("words", [("set", "1G"), ("status",), ("status", "--json")], ids=" ".join)
+def test_closed_streams(serve: Serve, closed: str, words: tuple[str, ...]) -> None:
+    """What was asked is done; what cannot be said is not said, and nothing of ours takes the stream's number."""
+    shim = Shim(reply(), reply(generation=1, requested=GIB)) if words[0] == "set" else Shim()
+    command = [*RAMLOCK, *words, "--socket", str(serve(shim))]
+    shell = ["bash", "-c", f'"$@" {closed}', "bash", *command]
+    result = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert bool(result.stdout) is (">&-" not in closed.split())
+    assert len(shim.seen) == (4 if words[0] == "set" else 2)
+
+
+def test_a_failure_with_closed_streams_still_has_its_exit_code(tmp_path: Path) -> None:
+    shell = ["bash", "-c", '"$@" >&- 2>&-', "bash", *RAMLOCK, "status", "--socket", str(tmp_path / "nothing")]
+    assert subprocess.run(shell, timeout=60, check=False).returncode == 6
+
+
+@pytest.mark.parametrize(
+    ("encoding", "bar"), [("latin-1", "###"), ("ascii", "###"), ("utf-8", "███"), ("utf-8:strict", "███")]
+)
+def test_a_stdout_that_knows_few_characters(serve: Serve, encoding: str, bar: str) -> None:
+    command = [*RAMLOCK, "status", "--socket", str(serve(Shim(reply(requested=GIB, locked=GIB // 2))))]
+    environ = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, capture_output=True, timeout=60, check=False, env=environ)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert bar in result.stdout.decode()
+
+
+def test_a_name_that_stdout_cannot_say(serve: Serve) -> None:
+    command = [*RAMLOCK, "status", "--socket", str(serve(Shim(reply(order="größe ␀"))))]
+    environ = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(command, capture_output=True, timeout=60, check=False, env=environ)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert "größe ?" in result.stdout.decode("latin-1")

@@ -80,6 +80,13 @@ def shim(tmp_path: Path) -> Path:
     return library
 
 
+def qemu(folder: Path) -> str:
+    """A program that is named as QEMU is, and is a shell."""
+    program = folder / "qemu-system-test"
+    shutil.copy("/bin/bash", program)
+    return str(program)
+
+
 def run(shim: Path, *words: str, prepare: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [*prepare, sys.executable, "-m", "ramlock", "run", *words]
     environ = {**os.environ, "RAMLOCK_SHIM": str(shim)}
@@ -149,3 +156,20 @@ def test_refusals(shim: Path, words: list[str], code: int) -> None:
     what, hint = result.stderr.splitlines()
     assert what.startswith("ramlock: ")
     assert hint.startswith("hint: ")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_not_left_to_the_next_file(shim: Path, tmp_path: Path, closed: str) -> None:
+    """A QEMU without stderr would print its warnings into the first disk image that it opens."""
+    seen = tmp_path / "seen"
+    look = "readlink /proc/$$/fd/$fd >&9 || echo closed >&9"
+    script = f'unset LD_PRELOAD; exec 9>"{seen}"; for fd in 0 1 2 3 4; do {look}; done'
+    command = [sys.executable, "-m", "ramlock", "run", "--", qemu(tmp_path), "-c", script]
+    shell = ["bash", "-c", f'"$@" {closed}', "bash", *command]
+    environ = {**os.environ, "RAMLOCK_SHIM": str(shim)}
+    subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True, env=environ)
+    streams = seen.read_text().splitlines()
+    for number, word in enumerate(("<&-", ">&-", "2>&-")):
+        if word in closed.split():
+            assert streams[number] == os.devnull
+    assert streams[3:] == ["closed", "closed"], "nothing that ramlock opened stays"

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from ramlock import __version__
+from ramlock import __version__, streams
 from ramlock.errors import RamlockError
 from ramlock.text import printable
 
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    streams.settle()
     try:
         code = cli.main(args=argv, prog_name="ramlock", standalone_mode=False)
         _flush_output()

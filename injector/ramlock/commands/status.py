@@ -1,6 +1,7 @@
 """`ramlock status`: show what is guaranteed and what is locked."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import sys
 from pathlib import Path
 
 import click
@@ -83,6 +84,16 @@ def _bar(part: int, whole: int) -> str:
     if whole == 0:
         return ""
     share = min(part / whole, 1.0)
+    full, empty = _marks()
     # Rounded down, so that 100 % means all of it.
-    filled = ("█" * int(share * _BAR)).ljust(_BAR, "░")
+    filled = (full * int(share * _BAR)).ljust(_BAR, empty)
     return f"  {filled} {int(share * 100)} %"
+
+
+def _marks() -> tuple[str, str]:
+    """What a bar is drawn with: blocks where stdout can say them."""
+    try:
+        "█░".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return "#", "."
+    return "█", "░"
