@@ -21,6 +21,7 @@ from ramlock.errors import (
     NoAnswer,
     NoPermission,
     NotFound,
+    NotOurs,
     Refused,
     Short,
     Superseded,
@@ -38,6 +39,8 @@ STALL_TIME = 120.0
 """Seconds without any progress after which locking is given up on when the caller sets no time limit."""
 _POLL = 1.0
 _START_POLL = 0.1
+LAST_LOOK = 1.0
+"""Seconds for one more query after the deadline, to say what was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +67,39 @@ def query(client: Client, deadline: Deadline | None = None) -> Guarantee:
     return reply.parse(client.execute("query-ram-minguarantee", deadline=deadline.within(ANSWER_TIME)))
 
 
-def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline) -> Guarantee:
+def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline, vouched: bool = False) -> Guarantee:
     """Set the guarantee of the VM whose QEMU is `pid`; return its state right after.
 
+    `vouched` is whether the caller named that process: one that is only found behind a socket gets no higher limit
+    unless it looks like QEMU.
+
     Waits while guest RAM is not known yet. Raises Refused (LimitTooLow) and NoPermission when nothing was changed,
-    Superseded when someone else set another one in the same moment.
+    NotOurs when such a process needs a higher limit, Superseded when someone else set another one in the same moment,
+    TimedOut when it is set and nothing more is known,
+    NoAnswer when the shim did not answer in time.
     """
     started = deadline.within(START_TIME)
     while True:
         before = _known(client, started)
         arguments = wish.arguments(before.ram)
-        may_raise = _raise_limit(before, wish, pid)
+        may_raise = _raise_limit(before, wish, pid, vouched)
         try:
             step("set-guarantee")
-            client.execute("set_ram_minguarantee", arguments, deadline=Deadline(ANSWER_TIME))
+            client.execute("set_ram_minguarantee", arguments, deadline=deadline.within(ANSWER_TIME))
         except CommandError as error:
-            if error.reason == "waiting" and not started.expired:
+            if error.reason == "waiting" and started.remaining > 2 * _START_POLL:
                 time.sleep(_START_POLL)
                 continue
             raise _refusal(error, before, wish, may_raise) from error
-        after = query(client)
+        try:
+            after = query(client, deadline)
+        except NoAnswer:
+            if not deadline.expired:
+                raise
+            raise TimedOut(
+                "the guarantee is set; how much of it is reached was not answered in time",
+                "see how far it is with ramlock status",
+            ) from None
         if after.generation > before.generation + 1 and not _matches(after, arguments):
             raise _superseded(after)
         return after
@@ -113,7 +129,7 @@ def follow(
             raise _timed_out(now, f"and nothing has changed for {STALL_TIME:.0f} s")
         _wait_for_news(client, now, deadline.within(_POLL), show)
         try:
-            latest = query(client, deadline if not deadline.expired else None)
+            latest = query(client, Deadline(LAST_LOOK) if deadline.expired else deadline)
         except NoAnswer:
             if deadline.expired:
                 raise _timed_out(now, "in time") from None
@@ -153,15 +169,16 @@ def _wait_for_news(client: Client, now: Guarantee, until: Deadline, show: Callab
 
 
 def _known(client: Client, deadline: Deadline) -> Guarantee:
-    """Query until guest RAM is known. Raises Refused when that does not come."""
-    while (now := query(client)).state is State.WAITING:
+    """Query until guest RAM is known. Raises Refused when that does not come, NoAnswer when no answer does."""
+    while (now := query(client, deadline)).state is State.WAITING:
         reason = now.why.reason if now.why else "starting"
         if reason == "no-symbols":
             raise Refused(
                 "this QEMU does not export its symbols, its guest RAM is not known; nothing was changed",
                 "use a QEMU that exports them, such as a distribution's build with modules",
             )
-        if deadline.expired:
+        # With nothing left for the next answer this one is the last.
+        if deadline.remaining <= 2 * _START_POLL:
             raise Refused(
                 "the VM is still starting, its guest RAM is not known yet; nothing was changed",
                 "try again, or allow more time with --timeout",
@@ -170,19 +187,29 @@ def _known(client: Client, deadline: Deadline) -> Guarantee:
     return now
 
 
-def _raise_limit(before: Guarantee, wish: Wish, pid: int | None) -> bool:
+def _raise_limit(before: Guarantee, wish: Wish, pid: int | None, vouched: bool) -> bool:
     """Raise QEMU's RLIMIT_MEMLOCK when the wish needs it; tell whether our rights sufficed.
 
-    From outside, because QEMU's sandbox forbids it inside.
+    From outside, because QEMU's sandbox forbids it inside. Raises NotOurs when it would be a stranger's.
     """
     step("set-limit")
     if before.memlock_limit is None or pid is None:
         return True
+    if wish.size.resolve(before.ram) > before.ram:
+        return True  # the shim will refuse that, and then nothing shall be touched
     try:
-        need = limit_needed(before, wish, procfs.read(pid).locked)
+        process = procfs.read(pid)
+        need = limit_needed(before, wish, process.locked)
         if need is not None and need <= before.memlock_limit:
             return True
+        if not vouched and not procfs.looks_like_qemu(process.exe, process.cmdline):
+            raise NotOurs(
+                f"process {pid}, which serves that socket, does not look like QEMU; its locked-memory limit stays",
+                f"if it is the VM, say so with --pid {pid}",
+            )
         reached = host.raise_memlock(pid, need)
+    except NotOurs:
+        raise
     except (PermissionError, ProcessLookupError, NotFound):
         return False
     return reached is None or (need is not None and reached >= need)

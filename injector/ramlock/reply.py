@@ -66,6 +66,8 @@ class Guarantee(NamedTuple):
     """RLIMIT_MEMLOCK; None is unlimited."""
     why: Why | None
     """Set in the states short and waiting."""
+    launch_error: str | None
+    """Why the guarantee that QEMU was started with was not set; only until one is set."""
     raw: dict[str, Any]
     """The reply as it came."""
 
@@ -105,6 +107,7 @@ def parse(reply: object) -> Guarantee:
         step_p99_us=_maybe(reply, "step-p99-us"),
         memlock_limit=_maybe(reply, "memlock-limit"),
         why=_why(why) if isinstance(why, dict) else None,
+        launch_error=printable(_get(reply, "launch-error", str)) if "launch-error" in reply else None,
         raw=reply,
     )
 

@@ -74,21 +74,26 @@ def find_pid(name: str, proc: Path = procfs.PROC) -> int:
 
 
 @contextmanager
-def session(selector: Selector, *, patience: float = 0.0, proc: Path = procfs.PROC) -> Iterator[Vm]:
+def session(
+    selector: Selector, *, patience: float = 0.0, deadline: Deadline | None = None, proc: Path = procfs.PROC
+) -> Iterator[Vm]:
     """Find the VM, connect to its shim and make sure of both; wait up to `patience` seconds for one that is starting.
 
+    With `deadline` all of that ends by then. What is done inside the block is the caller's to bound.
     Inside the block a broken connection becomes VmGone when it broke because the VM ended.
     Raises NotFound, NoPermission, Refused, and ControlError when the shim does not behave.
     """
-    with talk(_connect(selector, Deadline(patience), proc), proc) as vm:
+    whole = deadline or Deadline(None)
+    with talk(_connect(selector, whole.within(patience), whole, proc), proc, whole) as vm:
         yield vm
 
 
 @contextmanager
-def talk(vm: Vm, proc: Path = procfs.PROC) -> Iterator[Vm]:
-    """Begin the session with the shim of `vm`, and end it. Raises as session() does."""
+def talk(vm: Vm, proc: Path = procfs.PROC, whole: Deadline | None = None) -> Iterator[Vm]:
+    """Begin the session with the shim of `vm`, by `whole`, and end it. Raises as session() does."""
+    whole = whole or Deadline(None)
     try:
-        vm.client.greet(Deadline(ANSWER_TIME))
+        vm.client.greet(whole.within(ANSWER_TIME))
         yield vm
     except Disconnected as error:
         _raise_if_gone(vm)
@@ -106,9 +111,9 @@ def talk(vm: Vm, proc: Path = procfs.PROC) -> Iterator[Vm]:
         vm.close()
 
 
-def _connect(selector: Selector, patience: Deadline, proc: Path) -> Vm:
+def _connect(selector: Selector, patience: Deadline, whole: Deadline, proc: Path) -> Vm:
     if selector.socket is not None:
-        return _by_socket(selector.socket, proc)
+        return _by_socket(selector.socket, whole, proc)
     pid = selector.pid if selector.pid is not None else find_pid(selector.name or "", proc)
     pin = procfs.Pin(pid)
     try:
@@ -117,7 +122,7 @@ def _connect(selector: Selector, patience: Deadline, proc: Path) -> Vm:
             pin.check()
             environ = procfs.environ(pid, proc)
             try:
-                sock, path = endpoint.connect_process(process, environ, Deadline(ANSWER_TIME), proc)
+                sock, path = endpoint.connect_process(process, environ, whole.within(ANSWER_TIME), proc)
                 break
             except NotFound:
                 if patience.expired or not _expects_shim(process, environ):
@@ -130,10 +135,10 @@ def _connect(selector: Selector, patience: Deadline, proc: Path) -> Vm:
         raise
 
 
-def _by_socket(path: Path, proc: Path) -> Vm:
+def _by_socket(path: Path, whole: Deadline, proc: Path) -> Vm:
     shown = printable(str(path))
     try:
-        sock = endpoint.connect(str(path), Deadline(ANSWER_TIME))
+        sock = endpoint.connect(str(path), whole.within(ANSWER_TIME))
     except FileNotFoundError:
         raise NotFound(f"there is no socket {shown}", "is the VM running? give its --pid to have it found") from None
     except ConnectionRefusedError:

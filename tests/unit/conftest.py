@@ -109,18 +109,31 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 class Shim:
-    """A behaviour that answers as docs/protocol.md says; `script` holds the replies to come, the last one stays."""
+    """A behaviour that answers as docs/protocol.md says; `script` holds the replies to come, the last one stays.
 
-    def __init__(self, *script: dict[str, Any], refuse: str | None = None, events: tuple[str, ...] = ()) -> None:
+    With `silent_from` it falls silent: 0 is the greeting, 1 the first reply.
+    """
+
+    def __init__(
+        self,
+        *script: dict[str, Any],
+        refuse: str | None = None,
+        events: tuple[str, ...] = (),
+        silent_from: int | None = None,
+    ) -> None:
         self.script = list(script) or [reply()]
         self.refuse = refuse
         self.events = events
+        self.silent_from = silent_from
         self.seen: list[dict[str, Any]] = []
 
     def __call__(self, sock: socket.socket) -> None:
-        send(sock, GREETING)
+        if self.silent_from != 0:
+            send(sock, GREETING)
         for request in requests(sock):
             self.seen.append(request)
+            if self.silent_from is not None and len(self.seen) >= self.silent_from:
+                continue
             answer: dict[str, Any] = {"return": {}}
             if request["execute"] == "query-ram-minguarantee":
                 answer = {"return": self.script[0]}

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -125,6 +126,10 @@ def test_status_loads_neither_rich_nor_elftools(serve: Serve) -> None:
         ["status", "--json"],
         ["status", "surplus", "--pid", "1"],
         ["run"],
+        ["run", "--socket", "", "--", "no-such-program"],
+        ["set", "1G", "--socket", ""],
+        ["set", "1G", "--socket", "", "--pid", "1"],
+        ["status", "--socket", ""],
     ],
     ids=" ".join,
 )
@@ -172,6 +177,10 @@ def test_status_for_people(run: Run, serve: Serve) -> None:
         ({"state": "short", "short": {"reason": "cgroup", "desc": "full"}}, "short: full"),
         ({"state": "waiting", "waiting": {"reason": "starting", "desc": ""}}, "waiting: starting"),
         ({"state": "waiting"}, "waiting"),
+        (
+            {"launch_error": "4 GiB is more than guest RAM"},
+            "at launch     \x1b[31mnot set: 4 GiB is more than guest RAM",
+        ),
         ({"prefault": False}, "on fault"),
         ({"blocks": []}, "state"),
     ],
@@ -333,3 +342,35 @@ def test_a_name_that_stdout_cannot_say(serve: Serve) -> None:
     result = subprocess.run(command, capture_output=True, timeout=60, check=False, env=environ)
     assert (result.returncode, result.stderr) == (0, b"")
     assert "größe ?" in result.stdout.decode("latin-1")
+
+
+@pytest.mark.parametrize("silent_from", range(5))
+def test_a_timeout_bounds_the_whole_command(run: Run, serve: Serve, silent_from: int) -> None:
+    """Whatever the shim stops to answer, be it as early as the greeting."""
+    shim = Shim(reply(), reply(generation=1, requested=GIB, state="locking"), silent_from=silent_from)
+    start = time.monotonic()
+    result = run("set", "1G", "--socket", serve(shim), "--timeout", "0.5", "--json")
+    assert time.monotonic() - start < 4
+    if silent_from < 4:
+        result.failed(1, "does not answer")
+    else:
+        result.failed(3, "the guarantee is set")
+
+
+def test_a_timeout_bounds_connecting(run: Run, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as waiting:
+        server.bind(str(tmp_path / "full"))
+        server.listen(0)
+        waiting.connect(str(tmp_path / "full"))
+        start = time.monotonic()
+        run("set", "1G", "--socket", tmp_path / "full", "--timeout", "0.5").failed(1, "does not answer")
+        assert time.monotonic() - start < 4
+
+
+def test_a_timeout_bounds_the_last_look(run: Run, serve: Serve) -> None:
+    """A VM that is stopped while it is waited for."""
+    locking = reply(generation=1, requested=GIB, state="locking")
+    start = time.monotonic()
+    result = run("set", "1G", "--socket", serve(Shim(reply(), locking, silent_from=5)), "--timeout", "0.5", "--json")
+    assert time.monotonic() - start < 4
+    result.failed(3, "the guarantee stays set")

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "injector" / "ramlock"
 FLOORS = [
-    {"errors", "text", "teststeps"},
+    {"errors", "text", "teststeps", "streams"},
     {"deadline", "sizes"},
     {"procfs", "elf", "control", "reply", "shim", "tracee"},
     {"host", "inside", "memory", "rights", "x86_64"},

@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
+import resource
+import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +15,24 @@ import pytest
 from ramlock import guarantee, host
 from ramlock.control import Client
 from ramlock.deadline import Deadline
-from ramlock.errors import LimitTooLow, NoPermission, ProtocolError, RamlockError, Refused, Short, Superseded, TimedOut
+from ramlock.errors import (
+    LimitTooLow,
+    NoPermission,
+    NotOurs,
+    ProtocolError,
+    RamlockError,
+    Refused,
+    Short,
+    Superseded,
+    TimedOut,
+)
 from ramlock.guarantee import Wish
 from ramlock.reply import Guarantee, parse
 from ramlock.sizes import parse_size
+from tests.conftest import absent
 from tests.unit.conftest import Serve, Shim, reply
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 class Sessions:
@@ -115,6 +129,65 @@ def test_the_limit_is_raised_by_what_the_kernel_says() -> None:
     assert guarantee.limit_needed(greedy, Wish(parse_size("1G")), 8 << 20) == GIB + (8 << 20) + host.SLACK
     assert guarantee.limit_needed(greedy, Wish(parse_size("50%")), 0) == host.total_memory()
     assert guarantee.limit_needed(greedy, Wish(parse_size("all")), 0) is None
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[Callable[[str], int]]:
+    """A function that starts a program called so, with a small limit of locked memory, and returns its pid."""
+    started: list[subprocess.Popen[bytes]] = []
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    if hard != resource.RLIM_INFINITY and hard < 4 * MIB:
+        absent("this user may not lock memory: run as root, or raise the hard limit (prlimit --memlock)")
+
+    def start(name: str) -> int:
+        program = tmp_path / name
+        shutil.copy("/bin/sleep", program)
+        started.append(subprocess.Popen([program, "60"]))
+        resource.prlimit(started[-1].pid, resource.RLIMIT_MEMLOCK, (MIB, hard))
+        return started[-1].pid
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def limit_of(pid: int) -> int:
+    return resource.prlimit(pid, resource.RLIMIT_MEMLOCK)[0]
+
+
+def test_a_stranger_behind_a_socket_gets_no_higher_limit(session: Sessions, limited: Callable[[str], int]) -> None:
+    stranger = limited("sleep")
+    shim = Shim(reply(memlock_limit=MIB), reply(generation=1, requested=4 * MIB))
+    with pytest.raises(NotOurs, match="does not look like QEMU") as error:
+        guarantee.place(session(shim), Wish(parse_size("4M")), pid=stranger, deadline=Deadline(5))
+    assert f"--pid {stranger}" in error.value.hint
+    assert limit_of(stranger) == MIB
+    assert [seen["execute"] for seen in shim.seen] == ["qmp_capabilities", "query-ram-minguarantee"]
+
+
+def test_what_needs_no_higher_limit_is_nobodys_harm(session: Sessions, limited: Callable[[str], int]) -> None:
+    shim = Shim(reply(memlock_limit=GIB), reply(generation=1, requested=4 * MIB))
+    assert guarantee.place(session(shim), Wish(parse_size("4M")), pid=limited("sleep"), deadline=Deadline(5))
+
+
+@pytest.mark.parametrize(("name", "vouched"), [("qemu-system-test", False), ("my-own-build", True)])
+def test_the_limit_of_a_vm_is_raised_as_far_as_was_wished(
+    session: Sessions, limited: Callable[[str], int], name: str, vouched: bool
+) -> None:
+    vm = limited(name)
+    shim = Shim(reply(memlock_limit=MIB, foreign=GIB), reply(generation=1, requested=4 * MIB))
+    guarantee.place(session(shim), Wish(parse_size("4M")), pid=vm, deadline=Deadline(5), vouched=vouched)
+    # Without CAP_SYS_RESOURCE it ends at the hard limit.
+    assert 4 * MIB <= limit_of(vm) <= 4 * MIB + host.SLACK
+
+
+def test_what_will_be_refused_raises_no_limit(session: Sessions, limited: Callable[[str], int]) -> None:
+    vm = limited("qemu-system-test")
+    with pytest.raises(Refused):
+        shim = Shim(reply(memlock_limit=MIB), refuse="[range] too much")
+        guarantee.place(session(shim), Wish(parse_size("3G")), pid=vm, deadline=Deadline(5))
+    assert limit_of(vm) == MIB
 
 
 def test_waiting_for_guest_ram(session: Sessions) -> None:

@@ -30,6 +30,13 @@ def test_why() -> None:
     assert parse(reply(state="idle", short=why)).why is None
 
 
+def test_launch_error() -> None:
+    assert parse(reply()).launch_error is None
+    assert parse(reply(launch_error="RAMLOCK_GUARANTEE is\x1b[1m above")).launch_error == (
+        "RAMLOCK_GUARANTEE is\\x1b[1m above"
+    )
+
+
 def test_what_may_be_absent() -> None:
     needed = ("requested", "locked", "armed", "state", "ram", "generation")
     now = parse({name: reply()[name] for name in needed})
@@ -57,6 +64,8 @@ def test_what_may_be_absent() -> None:
         {"blocks": [{}]},
         {"eta_s": "soon"},
         {"memlock_limit": None},
+        {"launch_error": None},
+        {"launch_error": ["x"]},
     ],
     ids=str,
 )
@@ -72,7 +81,7 @@ JSON = st.recursive(
 )
 
 
-@given(JSON, st.sampled_from([*sorted(reply()), "short", "waiting"]), st.sampled_from(list(State)))
+@given(JSON, st.sampled_from([*sorted(reply()), "short", "waiting", "launch-error"]), st.sampled_from(list(State)))
 def test_anything_is_parsed_or_refused(value: object, name: str, state: State) -> None:
     for raw in (value, {**reply(), "state": state.value, name: value}):
         try:

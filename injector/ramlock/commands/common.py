@@ -30,10 +30,26 @@ def read_seconds(ctx: click.Context, param: click.Parameter, value: float | None
     return value
 
 
+class _SocketPath(click.Path):
+    """The path of a socket that need not be there yet."""
+
+    def __init__(self) -> None:
+        super().__init__(readable=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        # As a Path it would be ".", and what was meant, such as a variable that is not set, would no more be seen.
+        if not value:
+            self.fail("the socket's path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+SOCKET_PATH = _SocketPath()
+
+
 def vm_options(function: F) -> F:
     """Add --pid, --vm and --socket; `selector` turns them into a Selector."""
     for option in (
-        click.option("--socket", type=click.Path(readable=False, path_type=Path), help="The shim's socket."),
+        click.option("--socket", type=SOCKET_PATH, help="The shim's socket."),
         click.option("--vm", metavar="NAME", help="The VM that QEMU's -name calls so."),
         click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="PID", help="The VM's QEMU process."),
     ):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ramlock.commands.common import lock_options, read_size
+from ramlock.commands.common import SOCKET_PATH, lock_options, read_size
 from ramlock.sizes import Size
 
 
@@ -17,7 +17,7 @@ from ramlock.sizes import Size
 @click.option("--guarantee", callback=read_size, metavar="SIZE", help="Guest RAM to guarantee from the start.")
 @click.option(
     "--socket",
-    type=click.Path(readable=False, path_type=Path),
+    type=SOCKET_PATH,
     help="Where the shim listens, instead of the usual place.",
 )
 @click.option("--allow-uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Another user who may set it.")

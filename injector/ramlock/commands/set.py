@@ -70,9 +70,16 @@ def command(
     chosen = selector(pid, vm, socket)
     deadline = Deadline(timeout)
     patience = guarantee.START_TIME if timeout is None else timeout
-    with vms.session(chosen, patience=patience) as found:
-        wish = guarantee.Wish(size, order, prefault)
-        now = place_and_follow(found, wish, deadline, wait=wait, patient=timeout is not None, as_json=as_json)
+    with vms.session(chosen, patience=patience, deadline=deadline) as found:
+        now = place_and_follow(
+            found,
+            guarantee.Wish(size, order, prefault),
+            deadline,
+            wait=wait,
+            patient=timeout is not None,
+            as_json=as_json,
+            vouched=socket is None,
+        )
         if as_json:
             emit_json(now.raw)
         else:
@@ -80,13 +87,20 @@ def command(
 
 
 def place_and_follow(
-    found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, wait: bool, patient: bool, as_json: bool = False
+    found: vms.Vm,
+    wish: guarantee.Wish,
+    deadline: Deadline,
+    *,
+    wait: bool,
+    patient: bool,
+    as_json: bool = False,
+    vouched: bool = True,
 ) -> Guarantee:
     """Set the guarantee and, with `wait`, follow it to its end. Raises what guarantee.place() and follow() raise.
 
-    With `as_json` the state is also printed when the guarantee is not reached.
+    With `as_json` the state is also printed when the guarantee is not reached; `vouched` as for guarantee.place().
     """
-    placed = _place(found, wish, deadline)
+    placed = _place(found, wish, deadline, vouched=vouched)
     if not wait:
         return placed
     try:
@@ -100,13 +114,13 @@ def place_and_follow(
     except (Short, TimedOut):
         if as_json:
             with suppress(ControlError):
-                emit_json(guarantee.query(found.client).raw)
+                emit_json(guarantee.query(found.client, Deadline(guarantee.LAST_LOOK)).raw)
         raise
 
 
-def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline) -> Guarantee:
+def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, vouched: bool) -> Guarantee:
     try:
-        return guarantee.place(found.client, wish, pid=found.pid, deadline=deadline)
+        return guarantee.place(found.client, wish, pid=found.pid, deadline=deadline, vouched=vouched)
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted while the guarantee was being set", "see with ramlock status whether it was"

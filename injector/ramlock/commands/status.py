@@ -48,6 +48,8 @@ def lines(now: Guarantee) -> list[str]:
     if now.foreign:
         rows.append(("foreign", format_size(now.foreign)))
     rows.append(("state", click.style(_state(now), fg=_COLORS.get(now.state, "cyan"))))
+    if now.launch_error is not None:
+        rows.append(("at launch", click.style(f"not set: {now.launch_error}", fg="red")))
     rows.append(("order", f"{now.order or 'resident'}, {'prefault' if now.prefault else 'on fault'}"))
     if now.memlock_limit is not None:
         rows.append(("limit", f"{format_size(now.memlock_limit)} (RLIMIT_MEMLOCK)"))
