@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <json-c/json.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef void command_fn(struct commands *c, struct json_object *arguments, struct qmp_reply *r);
 
@@ -51,6 +52,19 @@ static void add_reason(struct json_object *o, const char *key, const char *reaso
 	add(o, key, why);
 }
 
+static const char *order_name(enum order order)
+{
+	return order == ORDER_ADDRESS ? "address" : "resident";
+}
+
+static bool read_order(const char *name, enum order *order)
+{
+	if (strcmp(name, "resident") && strcmp(name, "address"))
+		return false;
+	*order = !strcmp(name, "address") ? ORDER_ADDRESS : ORDER_RESIDENT;
+	return true;
+}
+
 static void set_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
 {
 	struct json_object *size = NULL, *all = NULL, *order = NULL, *prefault = NULL;
@@ -63,6 +77,10 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 	json_object_object_get_ex(arguments, "order", &order);
 	json_object_object_get_ex(arguments, "prefault", &prefault);
 
+	if (c->eject) {
+		qmp_fail(r, NULL, "the shim is leaving");
+		return;
+	}
 	c->look_now(c->opaque);
 	locker_query(c->locker, &c->status);
 	wish = c->status.wish;
@@ -80,14 +98,9 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 		return;
 	}
 	wish.lock_ram_size = json_object_get_uint64(size); /* clamped when out of its range: above any guest RAM */
-	if (order) {
-		const char *name = json_object_get_string(order);
-
-		wish.order = !strcmp(name, "address") ? ORDER_ADDRESS : ORDER_RESIDENT;
-		if (wish.order == ORDER_RESIDENT && strcmp(name, "resident")) {
-			qmp_fail(r, NULL, "Parameter 'order' does not accept value '%.64s'", name);
-			return;
-		}
+	if (order && !read_order(json_object_get_string(order), &wish.order)) {
+		qmp_fail(r, NULL, "Parameter 'order' does not accept value '%.64s'", json_object_get_string(order));
+		return;
 	}
 	if (prefault)
 		wish.prefault = json_object_get_boolean(prefault);
@@ -139,7 +152,7 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	add_size(o, "foreign", s->foreign);
 	add_string(o, "state", locker_state_name(s->state));
 	add_size(o, "ram", s->ram);
-	add_string(o, "order", s->wish.order == ORDER_ADDRESS ? "address" : "resident");
+	add_string(o, "order", order_name(s->wish.order));
 	add_bool(o, "prefault", s->wish.prefault);
 	add_size(o, "generation", s->generation);
 	for (size_t i = 0; i < s->n_blocks; i++) {
@@ -188,6 +201,143 @@ static void query_version(struct commands *c, struct json_object *arguments, str
 	r->value = qmp_version();
 }
 
+static void query_ramlock(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	(void)arguments;
+	r->value = json_object_new_object();
+	add_string(r->value, "version", RAMLOCK_VERSION);
+	add_size(r->value, "pid", (uint64_t)getpid());
+	add_size(r->value, "base", c->base);
+	add_string(r->value, "entry", c->injected ? "injected" : "preloaded");
+	if (c->injected)
+		add_size(r->value, "started-ns", *c->started_ns);
+}
+
+static void add_extents(struct json_object *o, const char *key, const struct extents *e)
+{
+	struct json_object *list = json_object_new_array();
+
+	for (size_t i = 0; i < e->n; i++) {
+		struct json_object *pair = json_object_new_array();
+
+		json_object_array_add(pair, json_object_new_uint64(e->v[i].start));
+		json_object_array_add(pair, json_object_new_uint64(range_size(e->v[i])));
+		json_object_array_add(list, pair);
+	}
+	add(o, key, list);
+}
+
+/* Gives what ramlock-adopt takes, and leaves with everything still locked. */
+static void give(struct commands *c, struct qmp_reply *r)
+{
+	struct json_object *books = json_object_new_object(), *wish_object = json_object_new_object();
+	struct wish wish;
+
+	c->halt(c->opaque);
+	locker_give(c->locker, &c->books, &wish);
+	add_extents(books, "held", &c->books.held);
+	add_extents(books, "foreign", &c->books.foreign);
+	add_extents(books, "on-fault", &c->books.on_fault);
+	add_size(wish_object, "size", wish.lock_ram_size);
+	add_bool(wish_object, "all", wish.all);
+	add_string(wish_object, "order", order_name(wish.order));
+	add_bool(wish_object, "prefault", wish.prefault);
+	r->value = json_object_new_object();
+	add(r->value, "books", books);
+	add(r->value, "wish", wish_object);
+	c->keep = true;
+}
+
+/* Answers first; the shim leaves when the guarantee has been released, or at once with "keep". */
+static void ramlock_eject(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	const struct wish none = { .prefault = true };
+	struct json_object *keep = NULL;
+	char text[SHORT_TEXT];
+
+	json_object_object_get_ex(arguments, "keep", &keep);
+	if (c->eject) {
+		qmp_fail(r, NULL, "the shim is leaving already");
+		return;
+	}
+	c->eject = true;
+	if (keep && json_object_get_boolean(keep)) {
+		give(c, r);
+		return;
+	}
+	locker_set(c->locker, &none, text); /* nothing is never refused */
+	r->value = json_object_new_object();
+}
+
+/* Reads [[start, size], ...]; a missing list is an empty one. */
+static bool read_extents(struct json_object *books, const char *key, struct extents *e)
+{
+	struct json_object *list = NULL;
+
+	extents_clear(e);
+	if (!json_object_object_get_ex(books, key, &list))
+		return true;
+	if (!json_object_is_type(list, json_type_array))
+		return false;
+	for (size_t i = 0; i < json_object_array_length(list); i++) {
+		struct json_object *pair = json_object_array_get_idx(list, i), *start, *size;
+		struct range r;
+
+		if (!json_object_is_type(pair, json_type_array) || json_object_array_length(pair) != 2)
+			return false;
+		start = json_object_array_get_idx(pair, 0);
+		size = json_object_array_get_idx(pair, 1);
+		if (!json_object_is_type(start, json_type_int) || !json_object_is_type(size, json_type_int))
+			return false;
+		r.start = json_object_get_uint64(start);
+		if (__builtin_add_overflow(r.start, json_object_get_uint64(size), &r.end) || extents_overlap(e, r) ||
+		    extents_add(e, r))
+			return false;
+	}
+	return true;
+}
+
+static bool read_wish(struct json_object *o, struct wish *wish)
+{
+	struct json_object *size, *all, *order, *prefault;
+
+	if (!json_object_object_get_ex(o, "size", &size) || !json_object_object_get_ex(o, "all", &all) ||
+	    !json_object_object_get_ex(o, "order", &order) || !json_object_object_get_ex(o, "prefault", &prefault) ||
+	    !json_object_is_type(size, json_type_int) || json_object_get_int64(size) < 0 ||
+	    !json_object_is_type(order, json_type_string))
+		return false;
+	wish->lock_ram_size = json_object_get_uint64(size);
+	wish->all = json_object_get_boolean(all);
+	wish->prefault = json_object_get_boolean(prefault);
+	return read_order(json_object_get_string(order), &wish->order);
+}
+
+/* Takes over what "ramlock-eject keep" of another shim in this process returned. */
+static void ramlock_adopt(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	struct json_object *books = NULL, *wish_object = NULL;
+	struct books *b = &c->books;
+	struct wish wish;
+	int err;
+
+	json_object_object_get_ex(arguments, "books", &books);
+	json_object_object_get_ex(arguments, "wish", &wish_object);
+	if (!books || !wish_object || !read_wish(wish_object, &wish) || !read_extents(books, "held", &b->held) ||
+	    !read_extents(books, "foreign", &b->foreign) || !read_extents(books, "on-fault", &b->on_fault)) {
+		qmp_fail(r, NULL, "Parameters 'books' and 'wish' expect what ramlock-eject returned");
+		return;
+	}
+	memcpy(b->history, b->held.v, b->held.n * sizeof(b->held.v[0])); /* the order of locking is lost */
+	b->n_history = b->held.n;
+	c->look_now(c->opaque);
+	err = locker_adopt(c->locker, b, &wish);
+	if (err)
+		qmp_fail(r, NULL, err == -EBUSY ? "[busy] this shim has a guarantee already" :
+						  "[range] these are not locked parts of guest RAM");
+	else
+		r->value = json_object_new_object();
+}
+
 static command_fn query_commands;
 
 static const struct command table[] = {
@@ -199,6 +349,9 @@ static const struct command table[] = {
 	    { "prefault", json_type_boolean } } },
 	{ "query-ram-minguarantee", query_ram_minguarantee, { { 0 } } },
 	{ "query-ram-blocks", query_ram_blocks, { { 0 } } },
+	{ "query-ramlock", query_ramlock, { { 0 } } },
+	{ "ramlock-eject", ramlock_eject, { { "keep", json_type_boolean } } },
+	{ "ramlock-adopt", ramlock_adopt, { { "books", json_type_object }, { "wish", json_type_object } } },
 	{ "query-version", query_version, { { 0 } } },
 	{ "query-commands", query_commands, { { 0 } } },
 };

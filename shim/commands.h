@@ -13,6 +13,13 @@ struct commands {
 	void (*look_now)(void *opaque); /* brings what is known of guest RAM up to date */
 	void *opaque;
 	bool symbols; /* this QEMU exports what is needed to find guest RAM */
+	bool injected; /* rather than preloaded */
+	const uint64_t *started_ns; /* CLOCK_MONOTONIC at the end of the injection */
+	void (*halt)(void *opaque); /* ends the lock thread */
+	uint64_t base; /* where this object is loaded */
+	bool eject; /* the shim is to leave when all is released */
+	bool keep; /* ... or at once, with all left as it is */
+	struct books books; /* scratch, as `status` */
 	char launch_error[SHORT_TEXT]; /* why the guarantee of the launch was not set; empty: none was refused */
 	struct locker_status status; /* scratch: too large for a thread's stack */
 };

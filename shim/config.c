@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The RAMLOCK_* environment. */
+/* The RAMLOCK_* settings, from the environment or from a text of the same names. */
 #include "config.h"
 
 #include <errno.h>
@@ -81,11 +81,11 @@ int guarantee_parse(const char *text, struct guarantee *out, const char **why)
 		*why = "has an unknown unit: use K, M, G, T or KiB, MiB, GiB, TiB";
 		return -EINVAL;
 	}
-	millionths = (millionths << shift) / MILLION;
-	if (millionths > INT64_MAX) {
+	if (millionths >> (127 - shift) || (millionths << shift) / MILLION > INT64_MAX) {
 		*why = "is too large";
 		return -EINVAL;
 	}
+	millionths = (millionths << shift) / MILLION;
 	if (!shift && millionths > 0 && millionths < 1 << 20) {
 		*why = "is a very small number of bytes: add a unit, such as M";
 		return -EINVAL;
@@ -107,32 +107,46 @@ uint64_t guarantee_resolve(const struct guarantee *g, uint64_t ram)
 	return ram;
 }
 
-void config_from_environment(struct config *c, void (*warn)(const char *fmt, ...))
+typedef const char *config_get_fn(void *opaque, const char *name);
+
+static bool parse_uid(const char *text, uid_t *out)
+{
+	unsigned long uid;
+	char *end;
+
+	errno = 0;
+	uid = strtoul(text, &end, 10);
+	if (errno || *end || *text < '0' || *text > '9' || uid >= UINT32_MAX)
+		return false;
+	*out = (uid_t)uid;
+	return true;
+}
+
+static void config_read(struct config *c, config_get_fn *get, void *opaque, void (*warn)(const char *fmt, ...))
 {
 	const char *text, *why;
-	char *end;
 
 	memset(c, 0, sizeof(*c));
 	c->prefault = true;
 	c->owner = getuid();
 
-	text = getenv("RAMLOCK_GUARANTEE");
+	text = get(opaque, "RAMLOCK_GUARANTEE");
 	if (text && *text && guarantee_parse(text, &c->guarantee, &why))
 		warn("RAMLOCK_GUARANTEE: '%s' %s; starting without a guarantee", text, why);
 
-	text = getenv("RAMLOCK_ORDER");
+	text = get(opaque, "RAMLOCK_ORDER");
 	if (text && !strcmp(text, "address"))
 		c->order = ORDER_ADDRESS;
 	else if (text && *text && strcmp(text, "resident"))
 		warn("RAMLOCK_ORDER: '%s' is neither resident nor address; using resident", text);
 
-	text = getenv("RAMLOCK_PREFAULT");
+	text = get(opaque, "RAMLOCK_PREFAULT");
 	if (text && !strcmp(text, "0"))
 		c->prefault = false;
 	else if (text && *text && strcmp(text, "1"))
 		warn("RAMLOCK_PREFAULT: '%s' is neither 0 nor 1; using 1", text);
 
-	text = getenv("RAMLOCK_SOCKET");
+	text = get(opaque, "RAMLOCK_SOCKET");
 	if (text && strlen(text) >= sizeof(c->socket))
 		warn("RAMLOCK_SOCKET: the path is longer than %zu bytes; using the usual place", sizeof(c->socket) - 1);
 	else if (text && *text && *text != '/')
@@ -140,15 +154,53 @@ void config_from_environment(struct config *c, void (*warn)(const char *fmt, ...
 	else if (text)
 		strcpy(c->socket, text);
 
-	text = getenv("RAMLOCK_ALLOW_UID");
+	text = get(opaque, "RAMLOCK_ALLOW_UID");
 	if (text && *text) {
-		unsigned long uid;
-
-		errno = 0;
-		uid = strtoul(text, &end, 10);
-		c->has_allow_uid = !errno && !*end && *text >= '0' && *text <= '9' && uid < UINT32_MAX;
-		c->allow_uid = (uid_t)uid;
+		c->has_allow_uid = parse_uid(text, &c->allow_uid);
 		if (!c->has_allow_uid)
 			warn("RAMLOCK_ALLOW_UID: '%s' is not a uid; left out", text);
 	}
+	text = get(opaque, "RAMLOCK_OWNER_UID");
+	if (text && *text && !parse_uid(text, &c->owner))
+		warn("RAMLOCK_OWNER_UID: '%s' is not a uid; left out", text);
+}
+
+static const char *from_environment(void *opaque, const char *name)
+{
+	(void)opaque;
+	return getenv(name);
+}
+
+void config_from_environment(struct config *c, void (*warn)(const char *fmt, ...))
+{
+	config_read(c, from_environment, NULL, warn);
+}
+
+struct text_source {
+	const char *text;
+	char value[4096];
+};
+
+static const char *from_text(void *opaque, const char *name)
+{
+	struct text_source *s = opaque;
+	size_t n = strlen(name);
+
+	for (const char *line = s->text; *line; line += strcspn(line, "\n"), line += *line == '\n') {
+		size_t length = strcspn(line, "\n");
+
+		if (strncmp(line, name, n) || line[n] != '=' || length - n - 1 >= sizeof(s->value))
+			continue;
+		memcpy(s->value, line + n + 1, length - n - 1);
+		s->value[length - n - 1] = '\0';
+		return s->value;
+	}
+	return NULL;
+}
+
+void config_from_text(struct config *c, const char *text, void (*warn)(const char *fmt, ...))
+{
+	struct text_source source = { .text = text };
+
+	config_read(c, from_text, &source, warn);
 }

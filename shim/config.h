@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the operator asked for at launch: the RAMLOCK_* environment. */
+/* What the operator asked for at the start: RAMLOCK_* in the environment, or in the text that an injection brings. */
 #ifndef RAMLOCK_CONFIG_H
 #define RAMLOCK_CONFIG_H
 
@@ -39,5 +39,8 @@ uint64_t guarantee_resolve(const struct guarantee *g, uint64_t ram);
  * nor lock what nobody asked for, because of a typing error.
  */
 void config_from_environment(struct config *c, void (*warn)(const char *fmt, ...));
+
+/* The same from lines of NAME=VALUE. */
+void config_from_text(struct config *c, const char *text, void (*warn)(const char *fmt, ...));
 
 #endif

@@ -11,10 +11,12 @@
 
 #include "fd.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <json-c/json.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +24,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { BACKLOG = 16, PAUSE_MS = 500 };
@@ -33,13 +36,78 @@ static int prepare_directory(const char *dir, mode_t mode)
 {
 	struct stat st;
 
-	if (mkdir(dir, mode) && errno != EEXIST)
+	if (mkdir(dir, mode)) {
+		if (errno != EEXIST)
+			return -errno;
+	} else if (chmod(dir, mode)) { /* mkdir() obeys the umask */
 		return -errno;
+	}
 	if (lstat(dir, &st))
 		return -errno;
 	if (!S_ISDIR(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & (S_IWGRP | S_IWOTH)))
 		return -EPERM;
 	return 0;
+}
+
+/* Whether somebody listens at @address; with his pid, as far as we can see it. */
+static bool is_alive(const struct sockaddr_un *address, pid_t *listener)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	struct ucred peer = { .pid = 0 };
+	socklen_t size = sizeof(peer);
+	bool alive = true; /* when in doubt, take nothing away */
+
+	*listener = 0;
+	if (fd < 0)
+		return alive;
+	if (!connect(fd, (const struct sockaddr *)address, sizeof(*address))) {
+		if (!getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size))
+			*listener = peer.pid;
+	} else {
+		alive = errno != ECONNREFUSED;
+	}
+	close(fd);
+	return alive;
+}
+
+/* Removes a socket that nobody listens to any more, or only a process that became us. Returns whether it did. */
+static bool remove_stale(const struct sockaddr_un *address, const pid_t ancestors[ANCESTORS_MAX])
+{
+	struct stat st;
+	pid_t listener;
+
+	if (lstat(address->sun_path, &st) || !S_ISSOCK(st.st_mode))
+		return false;
+	if (is_alive(address, &listener)) {
+		bool ours = false;
+
+		for (size_t i = 0; i < ANCESTORS_MAX; i++)
+			ours |= listener && listener == ancestors[i];
+		if (!ours)
+			return false;
+	}
+	return !unlink(address->sun_path);
+}
+
+/* Removes what processes left that were killed, or that lost the right to remove it (-runas, -chroot). */
+static void sweep(const char *dir)
+{
+	static const pid_t none[ANCESTORS_MAX];
+	DIR *d = opendir(dir);
+	struct dirent *entry;
+
+	while (d && (entry = readdir(d))) {
+		struct sockaddr_un address = { .sun_family = AF_UNIX };
+		char *end;
+		long pid = strtol(entry->d_name, &end, 10);
+		int n = snprintf(address.sun_path, sizeof(address.sun_path), "%s/%s", dir, entry->d_name);
+
+		if (pid > 0 && !strcmp(end, ".sock") && n > 0 && (size_t)n < sizeof(address.sun_path) &&
+		    kill((pid_t)pid, 0) && errno == ESRCH)
+			remove_stale(&address, none);
+	}
+	if (d)
+		closedir(d);
 }
 
 /* The usual place: docs/protocol.md, "Where the socket is". */
@@ -63,33 +131,13 @@ static int usual_path(char *path, size_t size)
 		else
 			snprintf(dir, sizeof(dir), "/tmp/ramlock-%u", (unsigned int)geteuid());
 	}
-	err = prepare_directory(dir, mode);
-	if (err)
-		return err;
 	n = snprintf(path, size, "%s/%d.sock", dir, (int)getpid());
-	return n < 0 || (size_t)n >= size ? -ENAMETOOLONG : 0;
-}
-
-/* Whether somebody listens at @address. */
-static bool is_alive(const struct sockaddr_un *address)
-{
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	bool alive;
-
-	if (fd < 0)
-		return true; /* when in doubt, take nothing away */
-	alive = !connect(fd, (const struct sockaddr *)address, sizeof(*address)) || errno != ECONNREFUSED;
-	close(fd);
-	return alive;
-}
-
-/* Removes a socket that nobody listens to any more. Returns whether it did. */
-static bool remove_stale(const struct sockaddr_un *address)
-{
-	struct stat st;
-
-	return !lstat(address->sun_path, &st) && S_ISSOCK(st.st_mode) && !is_alive(address) &&
-	       !unlink(address->sun_path);
+	if (n < 0 || (size_t)n >= size)
+		return -ENAMETOOLONG;
+	err = prepare_directory(dir, mode);
+	if (!err)
+		sweep(dir);
+	return err;
 }
 
 static int bind_listener(struct control *c)
@@ -103,7 +151,13 @@ static int bind_listener(struct control *c)
 	if (fchmod(c->listener, 0600))
 		return -errno;
 	if (bind(c->listener, address, sizeof(c->address)) &&
-	    (errno != EADDRINUSE || !remove_stale(&c->address) || bind(c->listener, address, sizeof(c->address))))
+	    (errno != EADDRINUSE || !remove_stale(&c->address, c->ancestors) || bind(c->listener, address, sizeof(c->address))))
+		return -errno;
+	/*
+	 * Listening at once, though nobody is served before QEMU is up: a socket that does not listen looks as if it were left
+	 * over, and another VM that was given the same path would take it.
+	 */
+	if (listen(c->listener, BACKLOG))
 		return -errno;
 	if (c->config->has_allow_uid && chmod(c->address.sun_path, 0666))
 		return -errno;
@@ -151,8 +205,11 @@ void control_unlink(struct control *c)
 int control_init(struct control *c, const struct config *config, const struct qmp_server *server)
 {
 	struct epoll_event ev = { .events = EPOLLIN };
+	pid_t ancestors[ANCESTORS_MAX];
 
+	memcpy(ancestors, c->ancestors, sizeof(ancestors));
 	memset(c, 0, sizeof(*c));
+	memcpy(c->ancestors, ancestors, sizeof(ancestors));
 	c->config = config;
 	c->server = server;
 	c->listener = -1;
@@ -169,7 +226,10 @@ int control_init(struct control *c, const struct config *config, const struct qm
 void control_deinit(struct control *c)
 {
 	for (size_t i = 0; i < CLIENTS_MAX; i++)
-		fd_close(c->clients[i].fd);
+		if (c->clients[i].fd >= 0) {
+			close(c->clients[i].fd);
+			qmp_deinit(&c->clients[i].qmp);
+		}
 	fd_close(c->listener);
 	fd_close(c->wake);
 	fd_close(c->epoll);
@@ -191,7 +251,7 @@ int control_listen(struct control *c)
 		return -EBADF;
 	if (c->listening)
 		return 0;
-	if (listen(c->listener, BACKLOG) || epoll_ctl(c->epoll, EPOLL_CTL_ADD, c->listener, &ev))
+	if (epoll_ctl(c->epoll, EPOLL_CTL_ADD, c->listener, &ev))
 		return -errno;
 	c->listening = true;
 	return 0;
@@ -249,28 +309,60 @@ static bool flush(struct control *c, struct client *client)
 	return true;
 }
 
-static bool may_connect(const struct config *config, int fd)
+static uint64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+/* Whether the peer may connect, by the kernel's word. */
+static bool may_connect(const struct config *config, int fd, bool *privileged)
 {
 	struct ucred peer;
 	socklen_t size = sizeof(peer);
 
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size))
 		return false;
-	return peer.uid == 0 || peer.uid == config->owner || (config->has_allow_uid && peer.uid == config->allow_uid);
+	*privileged = peer.uid == 0 || peer.uid == config->owner;
+	return *privileged || (config->has_allow_uid && peer.uid == config->allow_uid);
 }
 
-static struct client *free_client(struct control *c)
+/*
+ * A place for a new client. Some are kept for those who own the VM; and where all are taken, such a one gets the place
+ * of whoever has been silent for the longest time, so that nobody can lock them out.
+ */
+static struct client *find_place(struct control *c, bool privileged)
 {
-	for (size_t i = 0; i < CLIENTS_MAX; i++)
-		if (c->clients[i].fd < 0)
-			return &c->clients[i];
-	return NULL;
+	struct client *silent = NULL, *place = NULL;
+	size_t n_free = 0;
+
+	for (size_t i = 0; i < CLIENTS_MAX; i++) {
+		struct client *client = &c->clients[i];
+
+		if (client->fd < 0) {
+			n_free++;
+			place = client;
+		} else if (!silent || client->heard_ms < silent->heard_ms) {
+			silent = client;
+		}
+	}
+	if (!privileged)
+		return n_free > CLIENTS_RESERVED ? place : NULL;
+	if (!place) {
+		drop(c, silent);
+		place = silent;
+	}
+	return place;
 }
 
 static void accept_client(struct control *c)
 {
+	static const char full[] = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"too many clients\"}}\r\n";
 	struct epoll_event ev = { .events = EPOLLIN };
 	struct client *client;
+	bool privileged;
 	int fd = fd_above_stdio(accept4(c->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK));
 
 	if (fd < 0) {
@@ -281,12 +373,17 @@ static void accept_client(struct control *c)
 		}
 		return;
 	}
-	client = free_client(c);
-	if (!client || !may_connect(c->config, fd)) {
+	if (!may_connect(c->config, fd, &privileged)) {
 		close(fd);
 		return;
 	}
-	*client = (struct client){ .fd = fd };
+	client = find_place(c, privileged);
+	if (!client) {
+		send(fd, full, sizeof(full) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+		close(fd);
+		return;
+	}
+	*client = (struct client){ .fd = fd, .heard_ms = now_ms() };
 	ev.data.ptr = client;
 	if (epoll_ctl(c->epoll, EPOLL_CTL_ADD, fd, &ev) || qmp_init(&client->qmp, c->server)) {
 		drop(c, client);
@@ -307,6 +404,7 @@ static void read_client(struct control *c, struct client *client)
 		return;
 	}
 	client->ended = n == 0;
+	client->heard_ms = now_ms();
 	flush(c, client);
 }
 
@@ -331,6 +429,8 @@ void control_wait(struct control *c, int timeout_ms)
 	if (c->paused && (timeout_ms < 0 || timeout_ms > PAUSE_MS))
 		timeout_ms = PAUSE_MS;
 	n = epoll_wait(c->epoll, ready, CLIENTS_MAX + 2, timeout_ms);
+	if (n < 0 && errno != EINTR)
+		usleep(PAUSE_MS * 1000); /* cannot be; but do not spin in somebody's VM */
 	if (n == 0 && c->paused) {
 		c->paused = false;
 		watch_listener(c, true);

@@ -4,6 +4,7 @@
 #define RAMLOCK_CONTROL_H
 
 #include <stdbool.h>
+#include <stdint.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
@@ -12,12 +13,17 @@
 
 struct json_object;
 
-enum { CLIENTS_MAX = 16 };
+enum {
+	CLIENTS_MAX = 16,
+	CLIENTS_RESERVED = 2, /* of these, for root and who started QEMU */
+	ANCESTORS_MAX = 2, /* -daemonize forks twice */
+};
 
 struct client {
 	int fd; /* -1: free */
 	bool ended; /* the peer sends no more; close when its replies are out */
 	bool writing; /* registered for EPOLLOUT */
+	uint64_t heard_ms; /* CLOCK_MONOTONIC of its last byte */
 	struct qmp qmp;
 };
 
@@ -31,6 +37,7 @@ struct control {
 	struct sockaddr_un address; /* of `listener`; empty path: not bound */
 	struct stat file; /* what bind() made at `address` */
 	pid_t owner; /* the process that bound it, and may remove it */
+	pid_t ancestors[ANCESTORS_MAX]; /* processes that were this one before -daemonize: their sockets may be taken over */
 	struct client clients[CLIENTS_MAX];
 };
 
@@ -41,12 +48,12 @@ int control_init(struct control *c, const struct config *config, const struct qm
 void control_deinit(struct control *c);
 
 /*
- * Binds the socket, without listening yet: while the process has the rights that it was started with. A file there that
- * nobody listens to is replaced when it is a socket. Returns 0 or -errno, with @warn told.
+ * Binds the socket and lets clients queue, while the process has the rights that it was started with. A socket there that
+ * nobody listens to, or only an ancestor, is replaced. Returns 0 or -errno, with @warn told.
  */
 int control_bind(struct control *c, void (*warn)(const char *fmt, ...));
 
-/* Accepts clients from now on. Returns 0 or -errno. */
+/* Serves clients from now on. Returns 0 or -errno. */
 int control_listen(struct control *c);
 
 /* Removes the socket's file if this process made it and it is still the same. */

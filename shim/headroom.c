@@ -30,6 +30,7 @@ static const char *const shortage_names[] = {
 	[SHORTAGE_HOST_MEMORY] = "host-memory",
 	[SHORTAGE_MAP_COUNT] = "map-count",
 	[SHORTAGE_NO_RAM] = "no-ram",
+	[SHORTAGE_MIGRATION] = "migration",
 	[SHORTAGE_KERNEL] = "kernel",
 };
 static_assert(sizeof(shortage_names) / sizeof(shortage_names[0]) == SHORTAGE_COUNT, "a name for each shortage");
@@ -94,33 +95,51 @@ static int find_value(const char *text, const char *key, int base, uint64_t *out
 	return -ENOENT;
 }
 
-/* Opens the files of one cgroup directory. Returns false when it has no memory controller. */
-static bool open_level(struct cgroup_level *level, const char *dir, bool v1)
+static void close_levels(struct headroom *h)
 {
-	level->limit = open_file(dir, v1 ? "memory.limit_in_bytes" : "memory.max");
-	if (level->limit < 0)
-		return false;
-	level->usage = open_file(dir, v1 ? "memory.usage_in_bytes" : "memory.current");
-	level->stat = open_file(dir, "memory.stat");
-	level->v1 = v1;
-	return true;
+	for (unsigned int i = 0; i < h->n_levels; i++) {
+		const struct cgroup_level *l = &h->levels[i];
+		const int fds[] = { l->limit, l->high, l->usage, l->stat, l->swap_limit, l->swap_usage };
+
+		for (size_t j = 0; j < sizeof(fds) / sizeof(fds[0]); j++)
+			fd_close(fds[j]);
+	}
+	h->n_levels = 0;
 }
 
-/* Opens the cgroup at @mount + @path and all its ancestors below @mount. */
+/* Opens the files of one cgroup directory. Returns 0, or -errno: -ENOENT in v2 is one without a memory controller. */
+static int open_level(struct cgroup_level *level, const char *dir, bool v1)
+{
+	*level = (struct cgroup_level){ .v1 = v1 };
+	level->limit = open_file(dir, v1 ? "memory.limit_in_bytes" : "memory.max");
+	if (level->limit < 0)
+		return -errno;
+	level->high = v1 ? -1 : open_file(dir, "memory.high");
+	level->usage = open_file(dir, v1 ? "memory.usage_in_bytes" : "memory.current");
+	level->stat = open_file(dir, "memory.stat");
+	level->swap_limit = open_file(dir, v1 ? "memory.memsw.limit_in_bytes" : "memory.swap.max");
+	level->swap_usage = open_file(dir, v1 ? "memory.memsw.usage_in_bytes" : "memory.swap.current");
+	return 0;
+}
+
+/* Opens the cgroup at @mount + @path and all its ancestors below @mount. What cannot be seen may have a limit. */
 static void open_levels(struct headroom *h, const char *mount, char *path, bool v1)
 {
 	for (;;) {
 		char dir[PATH_SIZE];
 		char *slash;
+		int err;
 
 		if (h->n_levels == CGROUP_DEPTH_MAX ||
 		    (size_t)snprintf(dir, sizeof(dir), "%s%s", mount, path) >= sizeof(dir)) {
 			h->cgroups_known = false;
 			return;
 		}
-		/* The root has no limit, and in v2 no limit file either. */
-		if (open_level(&h->levels[h->n_levels], dir, v1))
+		err = open_level(&h->levels[h->n_levels], dir, v1);
+		if (!err)
 			h->n_levels++;
+		else if (v1 || err != -ENOENT || !exists(dir, "cgroup.procs"))
+			h->cgroups_known = false;
 		slash = strrchr(path, '/');
 		if (!slash || path[1] == '\0')
 			return;
@@ -140,20 +159,57 @@ static bool has_memory(const char *list)
 }
 
 /*
- * /proc/self/cgroup lists "ID:CONTROLLERS:PATH"; v2 is "0::PATH" (cgroups(7)). The mounts are where every distribution
- * puts them; where they are not, limits may exist that we cannot see, and cgroups_known says so.
+ * Finds where the memory controller is mounted: /proc/self/mountinfo has lines of "ID PARENT DEV ROOT MOUNTPOINT OPTIONS...
+ * - TYPE SOURCE SUPEROPTIONS" (proc(5)). In a container ROOT is a cgroup further down, which @path begins with and the
+ * mount point does not show. Returns 0 with @path made relative to @mount, or -ENOENT.
  */
-static void open_cgroups(struct headroom *h, const char *root)
+static int find_mount(const char *root, bool v1, char *path, char mount[PATH_SIZE])
 {
-	char text[8192], mount[PATH_SIZE], *line, *next;
-	int fd = open_file(root, "proc/self/cgroup");
-	int err = read_file(fd, text, sizeof(text));
-	bool found = false;
+	char file[PATH_SIZE], *line = NULL;
+	size_t size = 0;
+	int err = -ENOENT;
+	FILE *f;
 
-	fd_close(fd);
+	snprintf(file, sizeof(file), "%s/proc/self/mountinfo", root);
+	f = fopen(file, "re");
+	while (f && err && getline(&line, &size, f) > 0) {
+		char subtree[PATH_MAX], point[PATH_MAX], type[32], options[PATH_MAX];
+		const char *dash = strstr(line, " - ");
+		size_t n;
+
+		if (!dash || sscanf(line, "%*s %*s %*s %4095s %4095s", subtree, point) != 2 ||
+		    sscanf(dash, " - %31s %*s %4095s", type, options) != 2 || strcmp(type, v1 ? "cgroup" : "cgroup2") ||
+		    (v1 && !has_memory(options)))
+			continue;
+		n = strcmp(subtree, "/") ? strlen(subtree) : 0;
+		if (strncmp(path, subtree, n) || (path[n] && path[n] != '/'))
+			continue; /* not the part that we are in */
+		memmove(path, path + n, strlen(path + n) + 1);
+		if (!*path)
+			strcpy(path, "/");
+		snprintf(mount, PATH_SIZE, "%s%s", root, point);
+		err = 0;
+	}
+	free(line);
+	if (f)
+		fclose(f);
+	return err;
+}
+
+/* /proc/self/cgroup lists "ID:CONTROLLERS:PATH"; v2 is "0::PATH" (cgroups(7)). */
+static void open_cgroups(struct headroom *h)
+{
+	char text[sizeof(h->memberships)], mount[PATH_SIZE], *line, *next;
+	int err = read_file(h->membership, h->memberships, sizeof(h->memberships));
+	char *v2 = NULL;
+
+	close_levels(h);
 	/* A kernel without cgroups has no limits either; without /proc there is no telling. */
-	h->cgroups_known = err ? err == -EBADF && exists(root, "proc/self/status") : true;
-	for (line = err ? NULL : text; line && *line; line = next) {
+	h->cgroups_known = err ? err == -EBADF && exists(h->root, "proc/self/status") : true;
+	if (err)
+		return;
+	memcpy(text, h->memberships, sizeof(text));
+	for (line = text; line && *line; line = next) {
 		char *controllers, *path;
 
 		next = strchr(line, '\n');
@@ -165,42 +221,46 @@ static void open_cgroups(struct headroom *h, const char *root)
 			continue;
 		*path++ = '\0';
 		controllers++;
-		if (has_memory(controllers)) {
-			found = true;
-			snprintf(mount, sizeof(mount), "%s/sys/fs/cgroup/memory", root);
-			if (!exists(mount, "memory.limit_in_bytes"))
-				h->cgroups_known = false;
+		if (!*controllers)
+			v2 = path;
+		if (!has_memory(controllers))
+			continue;
+		if (find_mount(h->root, true, path, mount))
+			h->cgroups_known = false;
+		else
 			open_levels(h, mount, path, true);
-		} else if (!*controllers && !found) {
-			bool unified = exists(root, "sys/fs/cgroup/cgroup.controllers");
-
-			snprintf(mount, sizeof(mount), "%s/sys/fs/cgroup%s", root, unified ? "" : "/unified");
-			open_levels(h, mount, path, false);
-		}
+		return; /* v1 has it, so v2 has not */
+	}
+	if (v2 && strcmp(v2, "/")) {
+		if (find_mount(h->root, false, v2, mount))
+			h->cgroups_known = false;
+		else
+			open_levels(h, mount, v2, false);
+	} else if (v2 && !find_mount(h->root, false, v2, mount)) {
+		open_levels(h, mount, v2, false); /* "/" can be a cgroup of its own in a namespace */
 	}
 }
 
 void headroom_init(struct headroom *h)
 {
-	*h = (struct headroom){ .meminfo = -1, .status = -1 };
+	*h = (struct headroom){ .meminfo = -1, .status = -1, .membership = -1 };
 }
 
 void headroom_open(struct headroom *h, const char *root)
 {
+	h->root = root;
 	h->meminfo = open_file(root, "proc/meminfo");
 	h->status = open_file(root, "proc/self/status");
-	open_cgroups(h, root);
+	h->membership = open_file(root, "proc/self/cgroup");
+	open_cgroups(h);
 }
 
 void headroom_deinit(struct headroom *h)
 {
 	fd_close(h->meminfo);
 	fd_close(h->status);
-	for (unsigned int i = 0; i < h->n_levels; i++) {
-		fd_close(h->levels[i].limit);
-		fd_close(h->levels[i].usage);
-		fd_close(h->levels[i].stat);
-	}
+	fd_close(h->membership);
+	close_levels(h);
 	headroom_init(h);
 }
 
@@ -251,29 +311,54 @@ static uint64_t stat_value(const char *stat, bool v1, const char *key)
 	return find_value(stat, name, 10, &value) ? 0 : value;
 }
 
+/* Bytes that the cgroup may still put into swap; what cannot be read is nothing. */
+static uint64_t swap_left(const struct cgroup_level *level)
+{
+	uint64_t limit, usage;
+
+	if (read_number(level->swap_limit, &limit) || read_number(level->swap_usage, &usage))
+		return 0;
+	return limit > usage ? limit - usage : 0;
+}
+
 /*
- * What one cgroup leaves: its limit less its usage, plus the page cache that the kernel gives up easily, plus half of
- * the anonymous memory that could go to swap.
+ * What one cgroup leaves: its limit less its usage and a reserve, plus the page cache that the kernel gives up easily,
+ * plus half of the anonymous memory that could go to swap.
  */
 static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free)
 {
 	char stat[16384];
-	uint64_t limit, usage, left, anon;
+	uint64_t limit, high, usage, left, anon, swap = swap_left(level), reserve;
 
 	if (read_number(level->limit, &limit) || read_number(level->usage, &usage))
 		return 0;
+	if (level->high >= 0 && !read_number(level->high, &high) && high < limit)
+		limit = high;
 	if (limit >= (uint64_t)INT64_MAX / 2) /* v1 says "none" with a number close to 2^63 */
 		return UINT64_MAX;
 	left = limit > usage ? limit - usage : 0;
-	if (read_file(level->stat, stat, sizeof(stat)))
-		return left;
-	left += stat_value(stat, level->v1, "inactive_file");
-	anon = stat_value(stat, level->v1, "inactive_anon") + stat_value(stat, level->v1, "active_anon");
-	left += (anon < swap_free ? anon : swap_free) / 2;
-	return left < limit ? left : limit;
+	if (!read_file(level->stat, stat, sizeof(stat))) {
+		left += stat_value(stat, level->v1, "inactive_file");
+		anon = stat_value(stat, level->v1, "inactive_anon") + stat_value(stat, level->v1, "active_anon");
+		if (swap > swap_free)
+			swap = swap_free;
+		left += (anon < swap ? anon : swap) / 2;
+	}
+	if (left > limit)
+		left = limit;
+	reserve = limit / 16 > 64 * MIB ? limit / 16 : 64 * MIB;
+	return left > reserve ? left - reserve : 0;
 }
 
-uint64_t headroom_memory(const struct headroom *h, enum shortage *why)
+/* Whether the process is still in the cgroups whose files are open. */
+static bool has_moved(const struct headroom *h)
+{
+	char now[sizeof(h->memberships)];
+
+	return h->membership >= 0 && (read_file(h->membership, now, sizeof(now)) || strcmp(now, h->memberships));
+}
+
+uint64_t headroom_memory(struct headroom *h, enum shortage *why)
 {
 	char text[8192];
 	uint64_t available, total, reserve, left, swap_free = 0;
@@ -289,6 +374,8 @@ uint64_t headroom_memory(const struct headroom *h, enum shortage *why)
 	if (reserve < 512 * MIB)
 		reserve = 512 * MIB;
 	left = available > reserve ? available - reserve : 0;
+	if (has_moved(h))
+		open_cgroups(h);
 	if (!h->cgroups_known) {
 		*why = SHORTAGE_CGROUP;
 		return 0;

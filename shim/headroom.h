@@ -14,6 +14,7 @@ enum shortage {
 	SHORTAGE_HOST_MEMORY,
 	SHORTAGE_MAP_COUNT,
 	SHORTAGE_NO_RAM,
+	SHORTAGE_MIGRATION,
 	SHORTAGE_KERNEL,
 	SHORTAGE_COUNT,
 };
@@ -25,8 +26,11 @@ enum { CGROUP_DEPTH_MAX = 16 };
 /* One memory cgroup that the process is in, or an ancestor of it. */
 struct cgroup_level {
 	int limit; /* memory.max, or v1 memory.limit_in_bytes */
+	int high; /* memory.high: above it every allocation is slowed down; v1: none */
 	int usage; /* memory.current, or v1 memory.usage_in_bytes */
 	int stat; /* memory.stat */
+	int swap_limit; /* memory.swap.max, or v1 memory.memsw.limit_in_bytes, which is for memory and swap together */
+	int swap_usage; /* memory.swap.current, or v1 memory.memsw.usage_in_bytes */
 	bool v1;
 };
 
@@ -35,8 +39,11 @@ struct cgroup_level {
  * only, never a directory, which would be a way out of QEMU's chroot.
  */
 struct headroom {
+	const char *root; /* "" but for tests */
 	int meminfo;
 	int status;
+	int membership; /* /proc/self/cgroup */
+	char memberships[4096]; /* ... as it was when `levels` were opened */
 	struct cgroup_level levels[CGROUP_DEPTH_MAX];
 	unsigned int n_levels;
 	bool cgroups_known; /* false: there may be limits that we cannot see */
@@ -59,9 +66,10 @@ uint64_t headroom_memlock_limit(const struct headroom *h);
 
 /*
  * Bytes of memory that can be allocated now without a risk of the kernel killing for it: the least of what the
- * host has available less a reserve (the larger of 512 MiB and 2 %) and of what each memory cgroup leaves. What
- * cannot be read counts as nothing left. @why names the tightest.
+ * host has available less a reserve (the larger of 512 MiB and 2 %) and of what each memory cgroup leaves less another
+ * (the larger of 64 MiB and 1/16 of its limit): QEMU itself needs memory too, and locked memory gives none back. What
+ * cannot be read counts as nothing left. A process that was moved to another cgroup is noticed. @why names the tightest.
  */
-uint64_t headroom_memory(const struct headroom *h, enum shortage *why);
+uint64_t headroom_memory(struct headroom *h, enum shortage *why);
 
 #endif

@@ -23,6 +23,7 @@ struct ram_block {
 	struct range host; /* addresses in this process */
 	uint64_t page_size; /* bytes; of the backing, so 2 MiB and more for hugetlb */
 	enum backing backing;
+	bool shared; /* a shared mapping of its backing */
 };
 
 enum { RAM_BLOCKS_MAX = 256 };

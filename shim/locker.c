@@ -68,7 +68,7 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	l->notify = notify;
 	l->opaque = opaque;
 	l->wish.prefault = true;
-	headroom_init(&l->stepper.headroom);
+	stepper_init(&l->stepper);
 	pthread_mutex_init(&l->mutex, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
@@ -111,6 +111,10 @@ static void choose(struct locker *l, struct step *s)
 		const struct ram_block *b;
 		uint64_t chunk = l->wish.prefault ? PACER_CHUNK : PACER_CHUNK_ON_FAULT;
 
+		if (l->suspended) {
+			s->kind = STEP_SUSPENDED;
+			return;
+		}
 		if (!plan_is_current(l) || !plan_take(&l->plan, &l->layout, chunk, &s->r)) {
 			s->kind = STEP_PLAN;
 			return;
@@ -120,9 +124,9 @@ static void choose(struct locker *l, struct step *s)
 			return;
 		}
 		s->kind = STEP_LOCK;
-		s->resident = l->plan.resident;
 		b = layout_find(&l->layout, s->r);
 		s->hugetlb = b->backing == BACKING_HUGETLB;
+		s->shared = b->shared;
 		need = (want - held + b->page_size - 1) / b->page_size * b->page_size;
 		if (range_size(s->r) > need)
 			s->r.end = s->r.start + need;
@@ -136,6 +140,10 @@ static void choose(struct locker *l, struct step *s)
 		const struct ram_block *b;
 		uint64_t chunk = PACER_CHUNK;
 
+		if (l->suspended) {
+			s->kind = STEP_SUSPENDED;
+			return;
+		}
 		s->kind = STEP_POPULATE;
 		extents_part(&l->books.on_fault, (struct range){ 0, UINT64_MAX }, &s->r);
 		b = layout_find(&l->layout, (struct range){ s->r.start, s->r.start + 1 });
@@ -143,12 +151,35 @@ static void choose(struct locker *l, struct step *s)
 			chunk = b->page_size;
 		if (range_size(s->r) > chunk)
 			s->r.end = s->r.start / chunk * chunk + chunk;
+		s->hugetlb = b && b->backing == BACKING_HUGETLB;
+		s->shared = b && b->shared;
 		if (b && s->r.end > b->host.end) /* two blocks side by side */
 			s->r.end = b->host.end;
 	}
 }
 
 /* ---- Planning ---- */
+
+/* Bytes of @r that are on-fault locked and not resident. */
+static uint64_t count_absent(const struct extents *on_fault, struct range r)
+{
+	unsigned char vec[4096];
+	uint64_t absent = 0;
+	struct range part;
+
+	for (; extents_part(on_fault, r, &part); r.start = part.end) {
+		for (uint64_t at = part.start; at < part.end; at += sizeof(vec) * 4096) {
+			uint64_t rest = part.end - at;
+			uint64_t pages = rest / 4096 < sizeof(vec) ? rest / 4096 : sizeof(vec);
+
+			if (mincore((void *)(uintptr_t)at, pages * 4096, vec))
+				memset(vec, 0, sizeof(vec));
+			for (uint64_t i = 0; i < pages; i++)
+				absent += (vec[i] & 1) ? 0 : 4096;
+		}
+	}
+	return absent;
+}
 
 struct residency {
 	struct locker *locker;
@@ -179,22 +210,23 @@ static int find_residency(void *opaque, uint64_t start, uint64_t len, unsigned c
 static bool make_plan(struct locker *l)
 {
 	static struct ram_layout layout; /* the thread's own copies */
-	static struct extents held;
+	static struct extents held, on_fault;
 	struct residency r = { l, l->generation, l->layout_generation };
 	bool stale = !plan_is_current(l);
 	uint64_t need = target(l) - l->books.held.total;
 	enum order order = l->wish.order;
-
 	uint64_t counted = books_in_vm_locked(&l->books, &l->layout);
 	int64_t vm_locked;
 
 	layout = l->layout;
 	held = l->books.held;
+	on_fault = l->books.on_fault;
 	if (stale)
 		l->plan_resident_done = false;
 	pthread_mutex_unlock(&l->mutex);
 
 	vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	l->stepper.owed = count_absent(&on_fault, (struct range){ 0, UINT64_MAX });
 	l->stepper.others_lock = vm_locked < 0 || (uint64_t)vm_locked > counted;
 
 	plan_clear(&l->plan);
@@ -273,23 +305,35 @@ static void settle(struct locker *l)
 static void carry_out(struct locker *l, const struct step *s)
 {
 	struct outcome o;
-	uint64_t began, took, generation = l->generation;
+	uint64_t began = 0, took = 0, generation = l->generation, layout_generation = l->layout_generation;
 	enum locker_state working =
 		s->kind == STEP_LOCK || s->kind == STEP_POPULATE ? LOCKER_LOCKING : LOCKER_UNLOCKING;
 	struct timespec gap;
+	bool admitted;
 
 	if (l->state != LOCKER_SHORT) /* it is, until a step has worked */
 		l->state = working;
-	l->in_flight = s->r;
+	/* This reads files, and may take its time; so the step is in flight only after it. */
 	pthread_mutex_unlock(&l->mutex);
-
-	began = now_ns();
-	step_carry_out(&l->stepper, s, &o);
-	took = now_ns() - began;
-
+	admitted = step_admit(&l->stepper, s, &o);
 	pthread_mutex_lock(&l->mutex);
-	l->in_flight = (struct range){ 0, 0 };
-	pthread_cond_broadcast(&l->step_done);
+	if (admitted) {
+		if (generation != l->generation || layout_generation != l->layout_generation) {
+			l->state = working;
+			return; /* decide again */
+		}
+		l->in_flight = s->r;
+		l->n_steps++;
+		pthread_mutex_unlock(&l->mutex);
+
+		began = now_ns();
+		step_carry_out(&l->stepper, s, &o);
+		took = now_ns() - began;
+
+		pthread_mutex_lock(&l->mutex);
+		l->in_flight = (struct range){ 0, 0 };
+		pthread_cond_broadcast(&l->step_done);
+	}
 	if (o.shortage) {
 		l->plan_valid = false;
 		if (generation == l->generation)
@@ -319,7 +363,7 @@ static void wait_short(struct locker *l)
 	uint64_t generation = l->generation, layout_generation = l->layout_generation;
 	uint64_t deadline = now_ns() + l->retry_ns;
 
-	while (generation == l->generation && layout_generation == l->layout_generation)
+	while (!l->stop && generation == l->generation && layout_generation == l->layout_generation)
 		if (wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
 			break;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
@@ -334,7 +378,7 @@ void *locker_run(void *arg)
 	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every gap */
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
-	for (;;) {
+	while (!l->stop) {
 		struct step s;
 
 		choose(l, &s);
@@ -350,6 +394,9 @@ void *locker_run(void *arg)
 			else
 				continue;
 			break;
+		case STEP_SUSPENDED:
+			go_short(l, SHORTAGE_MIGRATION, "this VM is the target of a postcopy migration");
+			break;
 		case STEP_STUCK:
 			go_short(l, SHORTAGE_MAP_COUNT, "guest RAM is locked in too many pieces");
 			break;
@@ -364,9 +411,10 @@ void *locker_run(void *arg)
 		 */
 		if (l->state == LOCKER_SHORT && l->shortage != SHORTAGE_NO_RAM)
 			wait_short(l);
-		else
+		else if (!l->stop)
 			pthread_cond_wait(&l->wake, &l->mutex);
 	}
+	pthread_mutex_unlock(&l->mutex);
 	return NULL;
 }
 
@@ -428,6 +476,8 @@ static void expect_work(struct locker *l)
 		l->state = LOCKER_LOCKING;
 	else if (l->books.held.total > want)
 		l->state = LOCKER_UNLOCKING;
+	else if (l->state == LOCKER_SHORT)
+		l->state = LOCKER_LOCKING; /* until the thread has looked */
 	pthread_cond_signal(&l->wake);
 }
 
@@ -443,12 +493,53 @@ static void accept_wish(struct locker *l, const struct wish *w)
 	expect_work(l);
 }
 
+void locker_suspend(struct locker *l, bool suspended)
+{
+	pthread_mutex_lock(&l->mutex);
+	if (l->suspended != suspended) {
+		l->suspended = suspended;
+		l->layout_generation++; /* what was planned, or waited for, is to be thought over */
+		expect_work(l);
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+/*
+ * Drops from the books what the kernel does not have: a munlockall() of QEMU's own, as at the beginning of an incoming
+ * postcopy, takes every lock at once. Reads VmLck between two looks that no step may come between.
+ */
+static void check_books(struct locker *l)
+{
+	uint64_t n_steps;
+	int64_t vm_locked;
+	bool busy;
+
+	pthread_mutex_lock(&l->mutex);
+	n_steps = l->n_steps;
+	busy = range_size(l->in_flight);
+	pthread_mutex_unlock(&l->mutex);
+	if (busy)
+		return;
+	vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	pthread_mutex_lock(&l->mutex);
+	if (n_steps == l->n_steps && vm_locked >= 0 &&
+	    vm_locked < (int64_t)books_in_vm_locked(&l->books, &l->layout)) {
+		for (size_t i = 0; i < l->layout.n; i++)
+			if (l->layout.v[i].backing != BACKING_HUGETLB)
+				books_remove(&l->books, l->layout.v[i].host);
+		l->layout_generation++;
+		expect_work(l);
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
 int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 {
 	uint64_t limit = headroom_memlock_limit(&l->stepper.headroom);
 	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
 	int err;
 
+	check_books(l);
 	pthread_mutex_lock(&l->mutex);
 	err = check_wish(l, wish, limit, vm_locked, text);
 	if (!err)
@@ -511,25 +602,82 @@ void locker_remove(struct locker *l, struct range gone)
 	pthread_mutex_unlock(&l->mutex);
 }
 
-/* Bytes of @r that are on-fault locked and not resident. */
-static uint64_t count_absent(const struct extents *on_fault, struct range r)
+bool locker_wants_more(struct locker *l)
 {
-	unsigned char vec[4096];
-	uint64_t absent = 0;
-	struct range part;
+	bool more;
 
-	for (; extents_part(on_fault, r, &part); r.start = part.end) {
-		for (uint64_t at = part.start; at < part.end; at += sizeof(vec) * 4096) {
-			uint64_t rest = part.end - at;
-			uint64_t pages = rest / 4096 < sizeof(vec) ? rest / 4096 : sizeof(vec);
+	pthread_mutex_lock(&l->mutex);
+	more = l->wish.all || l->wish.lock_ram_size > l->layout.total;
+	pthread_mutex_unlock(&l->mutex);
+	return more;
+}
 
-			if (mincore((void *)(uintptr_t)at, pages * 4096, vec))
-				memset(vec, 0, sizeof(vec));
-			for (uint64_t i = 0; i < pages; i++)
-				absent += (vec[i] & 1) ? 0 : 4096;
+bool locker_is_released(struct locker *l)
+{
+	bool released;
+
+	pthread_mutex_lock(&l->mutex);
+	released = !l->books.held.total && !l->wish.all && !l->wish.lock_ram_size;
+	pthread_mutex_unlock(&l->mutex);
+	return released;
+}
+
+void locker_stop(struct locker *l)
+{
+	pthread_mutex_lock(&l->mutex);
+	l->stop = true;
+	pthread_cond_signal(&l->wake);
+	pthread_mutex_unlock(&l->mutex);
+}
+
+void locker_give(const struct locker *l, struct books *books, struct wish *wish)
+{
+	*books = l->books;
+	*wish = l->wish;
+}
+
+/* Whether every range of @e consists of whole pages of one block of @layout, and of ranges of @within if given. */
+static bool is_guest_ram(const struct extents *e, const struct ram_layout *layout, const struct extents *within)
+{
+	for (size_t i = 0; i < e->n; i++) {
+		struct range rest = e->v[i];
+
+		if (within && extents_overlap(within, rest) != range_size(rest))
+			return false;
+		while (rest.start < rest.end) { /* blocks may lie side by side */
+			const struct ram_block *b = layout_find(layout, (struct range){ rest.start, rest.start + 1 });
+			uint64_t end;
+
+			if (!b)
+				return false;
+			end = rest.end < b->host.end ? rest.end : b->host.end;
+			if ((rest.start - b->host.start) % b->page_size || (end - b->host.start) % b->page_size)
+				return false;
+			rest.start = end;
 		}
 	}
-	return absent;
+	return true;
+}
+
+int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish)
+{
+	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	int err = 0;
+
+	pthread_mutex_lock(&l->mutex);
+	if (l->books.held.total || l->wish.all || l->wish.lock_ram_size)
+		err = -EBUSY;
+	else if (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||
+		 !is_guest_ram(&books->foreign, &l->layout, &books->held) ||
+		 !is_guest_ram(&books->on_fault, &l->layout, &books->held) ||
+		 vm_locked < (int64_t)books_in_vm_locked(books, &l->layout))
+		err = -EINVAL;
+	if (!err) {
+		l->books = *books;
+		accept_wish(l, wish);
+	}
+	pthread_mutex_unlock(&l->mutex);
+	return err;
 }
 
 /* The part of a status that the mutex guards. */
@@ -581,6 +729,7 @@ void locker_query(struct locker *l, struct locker_status *s)
 {
 	struct extents on_fault;
 
+	check_books(l);
 	pthread_mutex_lock(&l->mutex);
 	copy_status(l, s, &on_fault);
 	pthread_mutex_unlock(&l->mutex);

@@ -48,6 +48,7 @@ struct locker {
 	void (*notify)(void *opaque); /* tells that `events` has news; called with the mutex held */
 	void *opaque;
 
+	bool stop; /* the thread is to end */
 	struct wish wish;
 	uint64_t generation; /* counts wishes */
 	bool known; /* layout is valid */
@@ -55,6 +56,8 @@ struct locker {
 	uint64_t layout_generation;
 
 	struct books books;
+	bool suspended; /* guest RAM is not to be locked or populated now */
+	uint64_t n_steps; /* counts steps begun */
 	struct range in_flight; /* the range that a step works on now; empty when none */
 
 	enum locker_state state;
@@ -81,7 +84,7 @@ struct locker {
 /* Prepares @l with the mutex unlocked. @notify is called with news, with the mutex held: it must not block. */
 void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque);
 
-/* The thread's body; never returns. @arg is the locker. */
+/* The thread's body; returns after locker_stop(). @arg is the locker. */
 void *locker_run(void *arg);
 
 /*
@@ -98,10 +101,34 @@ void locker_set_launch(struct locker *l, const struct wish *wish);
 void locker_set_layout(struct locker *l, const struct ram_layout *layout);
 
 /*
+ * Holds locking and populating back, or lets it go on: while the VM is the target of a postcopy migration, a locked page
+ * cannot be discarded and a populated one is lost to the source. Unlocking goes on.
+ */
+void locker_suspend(struct locker *l, bool suspended);
+
+/*
  * [gone] is about to be unmapped: forgets it, and waits until no step works on it. At most 100 ms: the caller is QEMU's
  * main thread. A step that takes longer is past its mlock2() then, and only populates.
  */
 void locker_remove(struct locker *l, struct range gone);
+
+/* Whether nothing is held and nothing is wished for. */
+bool locker_is_released(struct locker *l);
+
+/* Ends the thread after the step in flight; what is held stays locked. */
+void locker_stop(struct locker *l);
+
+/* What is held and wished for. Only after the thread has ended. */
+void locker_give(const struct locker *l, struct books *books, struct wish *wish);
+
+/*
+ * Takes over from another shim in this process what it held and wished for, as it was. Returns 0, -EBUSY when something
+ * is held or wished for here already, or -EINVAL when @books is not about locked guest RAM; then nothing has changed.
+ */
+int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish);
+
+/* Whether the guarantee would grow with guest RAM. */
+bool locker_wants_more(struct locker *l);
 
 struct locker_block {
 	struct ram_block block;

@@ -20,7 +20,6 @@ void plan_clear(struct plan *p)
 {
 	p->n = 0;
 	p->next = 0;
-	p->resident = false;
 }
 
 /* A min-heap of the longest runs seen so far: the shortest of them is at the top and leaves first. */
@@ -138,7 +137,6 @@ int plan_resident(struct plan *p, const struct ram_layout *l, const struct exten
 	struct longest h = { .v = found, .max = locked->n < PLAN_EXTENTS_MAX ? PLAN_EXTENTS_MAX - locked->n : 0 };
 
 	plan_clear(p);
-	p->resident = true;
 	for (size_t i = 0; i < l->n && h.max; i++) {
 		struct range rest = l->v[i].host, gap;
 

@@ -18,7 +18,6 @@ struct plan {
 	struct range runs[PLAN_EXTENTS_MAX];
 	size_t n;
 	size_t next; /* the run that plan_take() cuts from */
-	bool resident; /* the runs were resident when looked at, so locking them allocates nothing */
 };
 
 /*

@@ -50,6 +50,10 @@ static struct {
 	void *(*memory_region_get_ram_ptr)(MemoryRegion *);
 	void *(*memory_region_get_ram_discard_manager)(MemoryRegion *); /* from 6.1 */
 	void (*ram_block_notifier_add)(void *);
+	_Bool (*qemu_ram_is_shared)(RAMBlock *);
+	_Bool (*runstate_check)(int);
+	_Bool (*migrate_postcopy_ram)(void);
+	_Bool (*migration_in_incoming_postcopy)(void);
 } sym;
 
 /*
@@ -131,6 +135,10 @@ void qemu_init(struct qemu *q)
 	LOOK_UP(memory_region_get_ram_ptr);
 	LOOK_UP(memory_region_get_ram_discard_manager);
 	LOOK_UP(ram_block_notifier_add);
+	LOOK_UP(qemu_ram_is_shared);
+	LOOK_UP(runstate_check);
+	LOOK_UP(migrate_postcopy_ram);
+	LOOK_UP(migration_in_incoming_postcopy);
 
 	/* qemu-img and its sisters export stubs of most of the above, but only an emulator has the list of RAM. */
 	q->symbols = dlsym(RTLD_DEFAULT, "ram_list") && sym.qemu_get_aio_context &&
@@ -138,7 +146,11 @@ void qemu_init(struct qemu *q)
 		     (sym.phase_check || sym.qdev_hotplug) && sym.qemu_ram_foreach_block && sym.qemu_ram_get_idstr &&
 		     sym.qemu_ram_get_host_addr && sym.qemu_ram_get_used_length && sym.qemu_ram_pagesize;
 	q->emulator = q->symbols || named_like_qemu();
-	q->daemonizes = q->emulator && has_option("daemonize");
+}
+
+bool qemu_daemonizes(void)
+{
+	return has_option("daemonize");
 }
 
 bool qemu_has_main_loop(void)
@@ -167,10 +179,20 @@ bool qemu_machine_ready(void)
 	return *sym.qdev_hotplug;
 }
 
+bool qemu_is_postcopy_target(void)
+{
+	const int inmigrate = 1; /* RunState (qapi/run-state.json) begins: debug, inmigrate */
+
+	return (sym.migration_in_incoming_postcopy && sym.migration_in_incoming_postcopy()) ||
+	       (sym.runstate_check && sym.runstate_check(inmigrate) && sym.migrate_postcopy_ram &&
+		sym.migrate_postcopy_ram());
+}
+
 /* The host addresses of the memory backends that the guest uses as main memory. */
 struct backends {
 	const void *host[RAM_BLOCKS_MAX];
 	size_t n;
+	bool spare; /* there is one that is not plugged in */
 };
 
 static int add_backend(Object *child, void *opaque)
@@ -178,9 +200,12 @@ static int add_backend(Object *child, void *opaque)
 	struct backends *b = opaque;
 	MemoryRegion *mr;
 
-	if (b->n == RAM_BLOCKS_MAX || !sym.object_dynamic_cast(child, "memory-backend") ||
-	    !sym.host_memory_backend_is_mapped(child))
+	if (b->n == RAM_BLOCKS_MAX || !sym.object_dynamic_cast(child, "memory-backend"))
 		return 0;
+	if (!sym.host_memory_backend_is_mapped(child)) {
+		b->spare = true;
+		return 0;
+	}
 	mr = sym.host_memory_backend_get_memory(child);
 	/* virtio-mem: only the plugged part is the guest's, and populating the rest would take memory from the host. */
 	if (!mr ||
@@ -193,6 +218,7 @@ static int add_backend(Object *child, void *opaque)
 static void find_backends(struct backends *b)
 {
 	b->n = 0;
+	b->spare = false;
 	if (sym.object_get_objects_root && sym.object_child_foreach && sym.object_dynamic_cast &&
 	    sym.host_memory_backend_is_mapped && sym.host_memory_backend_get_memory && sym.memory_region_get_ram_ptr)
 		sym.object_child_foreach(sym.object_get_objects_root(), add_backend, b);
@@ -232,6 +258,7 @@ static enum backing find_backing(RAMBlock *rb, uint64_t page_size)
 struct walk {
 	struct backends backends;
 	struct ram_layout *layout;
+	struct ram_layout before; /* the last listing */
 	int err;
 };
 
@@ -242,6 +269,7 @@ static int add_block(RAMBlock *rb, void *opaque)
 	const char *host = sym.qemu_ram_get_host_addr(rb);
 	uint64_t size = sym.qemu_ram_get_used_length(rb);
 	bool guest_ram = named_like_machine_ram(id);
+	const struct ram_block *known;
 	struct ram_block *b;
 
 	for (size_t i = 0; i < w->backends.n; i++)
@@ -256,11 +284,16 @@ static int add_block(RAMBlock *rb, void *opaque)
 	snprintf(b->id, sizeof(b->id), "%s", id);
 	b->host = (struct range){ (uint64_t)(uintptr_t)host, (uint64_t)(uintptr_t)host + size };
 	b->page_size = sym.qemu_ram_pagesize(rb);
-	b->backing = find_backing(rb, b->page_size);
+	b->shared = sym.qemu_ram_is_shared && sym.qemu_ram_is_shared(rb);
+	known = layout_find(&w->before, b->host);
+	/* Asking a file system may take long when it is a remote one: once for each block is enough. */
+	b->backing = known && known->host.start == b->host.start && !strcmp(known->id, b->id) ?
+			     known->backing :
+			     find_backing(rb, b->page_size);
 	return 0;
 }
 
-int qemu_walk(struct ram_layout *l)
+int qemu_walk(struct ram_layout *l, bool *spare)
 {
 	static struct walk w; /* too large for QEMU's stack; bottom halves never run in parallel */
 
@@ -270,6 +303,8 @@ int qemu_walk(struct ram_layout *l)
 	find_backends(&w.backends);
 	sym.qemu_ram_foreach_block(add_block, &w);
 	layout_finish(l);
+	w.before = *l;
+	*spare = w.backends.spare;
 	return w.err;
 }
 

@@ -20,11 +20,13 @@ struct qemu_watcher {
 struct qemu {
 	bool emulator; /* this process is a qemu-system-* */
 	bool symbols; /* ... and exports what is needed to find guest RAM */
-	bool daemonizes; /* -daemonize is on the command line */
 };
 
 /* Looks up everything. Calls nothing of QEMU. */
 void qemu_init(struct qemu *q);
+
+/* Whether -daemonize is on the command line. */
+bool qemu_daemonizes(void);
 
 /* Whether QEMU's main loop exists, so that a bottom half can be scheduled. */
 bool qemu_has_main_loop(void);
@@ -35,8 +37,14 @@ void qemu_schedule(void (*cb)(void *opaque), void *opaque);
 /* Bottom half only: whether the machine is complete, so that its RAM may be looked at. */
 bool qemu_machine_ready(void);
 
-/* Bottom half only: lists guest RAM. Returns 0, or -E2BIG when there are too many blocks. */
-int qemu_walk(struct ram_layout *l);
+/* Bottom half only: whether this VM is, or is going to be, the target of a postcopy migration. */
+bool qemu_is_postcopy_target(void);
+
+/*
+ * Bottom half only: lists guest RAM. *@spare says whether there is a memory backend that is not plugged in: QEMU does not
+ * tell when it will be. Returns 0, or -E2BIG when there are too many blocks.
+ */
+int qemu_walk(struct ram_layout *l, bool *spare);
 
 /* Bottom half only, once: tells @w about every change of RAM from now on. Returns false when this QEMU cannot. */
 bool qemu_watch(const struct qemu_watcher *w);

@@ -5,7 +5,7 @@ SHIM          := injector/ramlock/ramlock.so
 SHIM_BUILD    := build/shim
 SHIM_VERSION  := $(shell sed -n 's/^__version__.*"\([^"]*\)".*/\1/p' injector/ramlock/__init__.py 2>/dev/null)
 SHIM_SOURCES  := $(wildcard shim/*.c)
-SHIM_OBJECTS  := $(SHIM_SOURCES:shim/%.c=$(SHIM_BUILD)/%.o)
+SHIM_OBJECTS  := $(SHIM_SOURCES:shim/%.c=$(SHIM_BUILD)/%.o) $(SHIM_BUILD)/trampoline.o
 SHIM_WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror
 SHIM_CFLAGS   := -std=gnu11 -O2 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -fstack-protector-strong \
                  -D_GNU_SOURCE -DRAMLOCK_VERSION='"$(or $(SHIM_VERSION),0.0.0)"' $(SHIM_WARNINGS) $(CFLAGS)
@@ -26,6 +26,9 @@ $(SHIM): $(SHIM_OBJECTS) shim/ramlock.map shim/rules.mk
 $(SHIM_BUILD)/%.o: shim/%.c shim/rules.mk injector/ramlock/__init__.py | $(SHIM_BUILD)
 	$(CC) $(SHIM_CFLAGS) -MMD -MP -c -o $@ $<
 
+$(SHIM_BUILD)/%.o: shim/%.S shim/rules.mk | $(SHIM_BUILD)
+	$(CC) -fPIC -c -o $@ $<
+
 # The C units run the same sources under the sanitizers.
 SHIM_TEST_SOURCES := $(wildcard tests/shim/test_*.c)
 SHIM_TESTS        := $(SHIM_TEST_SOURCES:tests/shim/%.c=$(SHIM_BUILD)/tests/%)
@@ -35,7 +38,7 @@ SHIM_SANITIZE     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno
 test-shim: $(SHIM_TESTS) ## Run the shim's C units under ASan and UBSan
 	@set -e; for t in $(SHIM_TESTS); do $$t; done
 
-$(SHIM_BUILD)/tests/%: tests/shim/%.c tests/shim/check.h $(SHIM_TEST_UNITS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
+$(SHIM_BUILD)/tests/%: tests/shim/%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_UNITS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
 	$(CC) $(filter-out -O2,$(SHIM_CFLAGS)) -O1 $(SHIM_SANITIZE) -Ishim -o $@ $< $(SHIM_TEST_UNITS) $(JSONC_LIBS) -lpthread -ldl
 
 lint-shim: ## Compile the shim with every warning and gcc's analyzer as errors

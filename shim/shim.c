@@ -26,6 +26,7 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -46,6 +47,7 @@ enum {
 	LOOK_AGAIN_MIN_MS = 20,
 	LOOK_AGAIN_MAX_MS = 1000,
 	LOOK_NOW_MS = 100, /* the longest that a command waits for QEMU's main loop */
+	BUSY_MS = 500, /* for so long, commands do not wait again for a main loop that was busy */
 	STACK_BYTES = 256 << 10, /* with -overcommit mem-lock=on all of it gets locked */
 };
 
@@ -66,17 +68,41 @@ static struct shim {
 	pthread_mutex_t looking; /* with `looked`: for waiting until a look has ended */
 	pthread_cond_t looked;
 	unsigned int forks; /* since enter() */
+	bool begun; /* QEMU's main loop was seen; this and what follows: control thread only */
+	unsigned int polls;
+	unsigned int pause_ms; /* before guest RAM is looked at again */
+	int64_t looked_ms; /* when a command last waited for a look */
+	int64_t look_at_ms; /* when that will be; 0: not decided */
+	pthread_t lock_thread;
+	bool halted; /* lock_thread was joined */
+	bool has_stderr; /* descriptor 2 is standard error: known only when preloaded */
+	bool injected;
+	bool daemonizes; /* -daemonize is on the command line; only when preloaded */
+	uint64_t started_ns; /* CLOCK_MONOTONIC at the end of ramlock_start() */
 } shim;
 
+/*
+ * Says something on standard error; if that is what descriptor 2 is: where QEMU was started without one, it is something of
+ * QEMU's own by now, perhaps a disk. A reader that has gone must not end QEMU, which ignores SIGPIPE only later.
+ */
 __attribute__((format(printf, 1, 2))) static void warn(const char *fmt, ...)
 {
+	const struct timespec at_once = { 0 };
+	sigset_t pipe, before;
 	char text[512];
 	va_list ap;
 
+	if (!shim.has_stderr)
+		return;
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
 	va_end(ap);
-	dprintf(STDERR_FILENO, "ramlock: %s\n", text);
+	sigemptyset(&pipe);
+	sigaddset(&pipe, SIGPIPE);
+	pthread_sigmask(SIG_BLOCK, &pipe, &before);
+	if (dprintf(STDERR_FILENO, "ramlock: %s\n", text) < 0 && errno == EPIPE)
+		sigtimedwait(&pipe, NULL, &at_once);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 /* ---- On QEMU's main thread ---- */
@@ -85,6 +111,8 @@ static void ram_changed(void *opaque)
 {
 	struct shim *s = opaque;
 
+	if (!atomic_load(&s->active))
+		return; /* ejected: QEMU still calls, since a notifier may outlive us */
 	atomic_store(&s->dirty, true);
 	control_poke(&s->control);
 }
@@ -93,7 +121,8 @@ static void ram_removed(void *opaque, struct range gone)
 {
 	struct shim *s = opaque;
 
-	locker_remove(&s->locker, gone);
+	if (atomic_load(&s->active))
+		locker_remove(&s->locker, gone);
 }
 
 /*
@@ -121,20 +150,28 @@ static void look(void *opaque)
 {
 	static struct ram_layout layout;
 	struct shim *s = opaque;
+	bool spare, postcopy;
 	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
 
+	if (!atomic_load(&s->active))
+		return;
 	if (!qemu_machine_ready()) {
 		atomic_store(&s->dirty, true);
 	} else {
 		if (!s->watching)
 			s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
 		atomic_store(&s->dirty, false);
-		if (qemu_walk(&layout))
+		if (qemu_walk(&layout, &spare))
 			warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
+		postcopy = qemu_is_postcopy_target();
+		locker_suspend(&s->locker, postcopy);
 		if (!atomic_load(&s->known))
 			launch_guarantee(s, layout.total);
 		locker_set_layout(&s->locker, &layout);
 		atomic_store(&s->known, true);
+		/* QEMU tells neither of the end of a migration nor of a backend that is plugged in: look again, by and by. */
+		if (postcopy || (spare && locker_wants_more(&s->locker)))
+			atomic_store(&s->dirty, true);
 	}
 	pthread_mutex_lock(&s->looking);
 	atomic_store(&s->scheduled, false);
@@ -173,9 +210,10 @@ static void look_now(void *opaque)
 {
 	struct shim *s = opaque;
 	struct timespec deadline;
+	bool busy = false;
 
-	if (!atomic_load(&s->known))
-		return;
+	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + LOOK_AGAIN_MIN_MS)
+		return; /* a flood of commands is no flood of bottom halves, nor of waits */
 	clock_gettime(CLOCK_MONOTONIC, &deadline);
 	deadline.tv_nsec += LOOK_NOW_MS * 1000000;
 	if (deadline.tv_nsec >= 1000000000) {
@@ -185,65 +223,89 @@ static void look_now(void *opaque)
 	schedule_look(s);
 	pthread_mutex_lock(&s->looking);
 	while (atomic_load(&s->scheduled))
-		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline))
+		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline)) {
+			busy = true;
 			break;
+		}
 	pthread_mutex_unlock(&s->looking);
+	s->looked_ms = now_ms() + (busy ? BUSY_MS : 0);
 }
 
 /* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. */
 static int find_ram(struct shim *s)
 {
-	static bool begun;
-	static unsigned int polls, pause_ms = LOOK_AGAIN_MIN_MS;
-	static int64_t look_at_ms; /* when to look again; 0: not decided */
 	int64_t now = now_ms();
 
 	if (!s->qemu.symbols) {
-		if (!s->qemu.daemonizes || s->forks >= 2)
+		if (!s->daemonizes || s->forks >= 2)
 			control_listen(&s->control);
 		return -1;
 	}
-	if (!begun) {
+	if (!s->begun) {
 		if (!qemu_has_main_loop())
-			return polls++ < POLL_FAST_TIMES ? POLL_FAST_MS : POLL_SLOW_MS;
-		begun = true;
+			return s->polls++ < POLL_FAST_TIMES ? POLL_FAST_MS : POLL_SLOW_MS;
+		s->begun = true;
 		control_listen(&s->control);
 		schedule_look(s);
 		return -1;
 	}
-	if (atomic_load(&s->known))
-		pause_ms = LOOK_AGAIN_MIN_MS;
 	if (!atomic_load(&s->dirty)) {
-		look_at_ms = 0;
+		s->pause_ms = LOOK_AGAIN_MIN_MS;
+		s->look_at_ms = 0;
 		return -1;
 	}
 	/* The pause lets QEMU go on, and gathers the changes that come together. */
-	if (!look_at_ms)
-		look_at_ms = now + pause_ms;
-	if (now < look_at_ms)
-		return (int)(look_at_ms - now);
-	look_at_ms = 0;
-	pause_ms = pause_ms * 2 < LOOK_AGAIN_MAX_MS ? pause_ms * 2 : LOOK_AGAIN_MAX_MS;
+	if (!s->look_at_ms)
+		s->look_at_ms = now + s->pause_ms;
+	if (now < s->look_at_ms)
+		return (int)(s->look_at_ms - now);
+	s->look_at_ms = 0;
+	s->pause_ms = s->pause_ms * 2 < LOOK_AGAIN_MAX_MS ? s->pause_ms * 2 : LOOK_AGAIN_MAX_MS;
 	schedule_look(s);
 	return -1;
 }
 
-static int start_thread(void *(*run)(void *), void *arg)
+/* Starts a thread that blocks all signals. It is to be joined when @thread is given. Returns 0 or -errno. */
+static int start_thread(void *(*run)(void *), void *arg, pthread_t *thread)
 {
 	pthread_attr_t attr;
-	pthread_t thread;
+	pthread_t detached;
 	sigset_t all, before;
 	int err;
 
 	sigfillset(&all);
 	pthread_attr_init(&attr);
-	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	pthread_attr_setdetachstate(&attr, thread ? PTHREAD_CREATE_JOINABLE : PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attr, STACK_BYTES);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	err = pthread_create(&thread, &attr, run, arg);
+	err = pthread_create(thread ? thread : &detached, &attr, run, arg);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attr);
 	return -err;
+}
+
+/* Ends the lock thread, after its step in flight. */
+static void halt(void *opaque)
+{
+	struct shim *s = opaque;
+
+	if (s->halted)
+		return;
+	s->halted = true;
+	locker_stop(&s->locker);
+	pthread_join(s->lock_thread, NULL);
+}
+
+/* Takes back all that was started; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
+static void eject(struct shim *s)
+{
+	halt(s);
+	pthread_mutex_lock(&s->binding);
+	control_unlink(&s->control);
+	pthread_mutex_unlock(&s->binding);
+	control_deinit(&s->control);
+	stepper_deinit(&s->locker.stepper);
+	atomic_store(&s->active, false); /* ramlock_start() may come from now on */
 }
 
 static void *control_run(void *arg)
@@ -252,28 +314,35 @@ static void *control_run(void *arg)
 	int err;
 
 	prctl(PR_SET_NAME, "ramlock-ctl");
-	headroom_open(&s->locker.stepper.headroom, "");
+	if (s->injected) {
+		/* Not on QEMU's main thread: it takes a lookup in every library of QEMU for each symbol. */
+		qemu_init(&s->qemu);
+		s->commands.symbols = s->qemu.symbols;
+	}
+	stepper_open(&s->locker.stepper, "");
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
 		control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
 	pthread_mutex_unlock(&s->binding);
-	err = start_thread(locker_run, &s->locker);
+	err = start_thread(locker_run, &s->locker, &s->lock_thread);
 	if (err) {
 		warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
 		return NULL;
 	}
-	for (;;) {
+	do {
 		control_wait(&s->control, find_ram(s));
 		commands_events(&s->commands, control_event, &s->control);
-	}
+	} while (!s->commands.eject || !(s->commands.keep || locker_is_released(&s->locker)));
+	eject(s);
 	return NULL;
 }
 
-/* ---- Entry, on QEMU's main thread before main() ---- */
+/* ---- Entry, on QEMU's main thread: before main(), or in a ppoll() of its that was interrupted ---- */
 
-static void start(struct shim *s)
+static int start(struct shim *s)
 {
 	pthread_condattr_t attr;
+	Dl_info self;
 	int err;
 
 	pthread_mutex_init(&s->binding, NULL);
@@ -282,19 +351,33 @@ static void start(struct shim *s)
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 	pthread_cond_init(&s->looked, &attr);
 	pthread_condattr_destroy(&attr);
+	s->begun = s->halted = false;
+	s->polls = 0;
+	s->look_at_ms = 0;
+	s->pause_ms = LOOK_AGAIN_MIN_MS;
+	atomic_store(&s->dirty, false);
+	atomic_store(&s->scheduled, false);
+	atomic_store(&s->known, false);
 	locker_init(&s->locker, locker_news, s);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;
 	s->commands.look_now = look_now;
+	s->commands.halt = halt;
 	s->commands.opaque = s;
+	s->commands.injected = s->injected;
+	s->commands.started_ns = &s->started_ns;
+	s->commands.base = dladdr(s, &self) ? (uint64_t)(uintptr_t)self.dli_fbase : 0;
 	s->server = (struct qmp_server){ commands_run, &s->commands };
+	atomic_store(&s->active, true);
 	err = control_init(&s->control, &s->config, &s->server);
 	if (!err)
-		err = start_thread(control_run, s);
-	atomic_store(&s->active, !err);
-	if (err)
+		err = start_thread(control_run, s, NULL);
+	if (err) {
+		atomic_store(&s->active, false);
 		warn("cannot start: %s; this VM has no guarantee", strerror(-err));
+	}
+	return err;
 }
 
 static void after_fork_in_child(void)
@@ -305,10 +388,12 @@ static void after_fork_in_child(void)
 		return;
 	/* The threads, and what they were about, stayed with the parent. */
 	s->control.owner = 0;
+	if (s->forks < ANCESTORS_MAX)
+		s->control.ancestors[s->forks] = getppid();
 	s->forks++;
-	if (s->qemu.symbols ? qemu_has_main_loop() : !s->qemu.daemonizes || s->forks > 2)
+	if (s->qemu.symbols ? qemu_has_main_loop() : !s->daemonizes || s->forks > 2)
 		return;
-	headroom_deinit(&s->locker.stepper.headroom);
+	stepper_deinit(&s->locker.stepper);
 	control_deinit(&s->control);
 	start(s);
 }
@@ -346,20 +431,58 @@ static void leave_preload(void)
 	free(rest);
 }
 
+/* Whether LD_PRELOAD names this object, so that its constructor is the one to start it. */
+static bool is_preloaded(void)
+{
+	const char *list = getenv("LD_PRELOAD");
+	Dl_info self;
+
+	return list && dladdr(&shim, &self) && strstr(list, base_name(self.dli_fname));
+}
+
 __attribute__((constructor)) static void enter(void)
 {
 	struct shim *s = &shim;
 
+	if (!is_preloaded())
+		return; /* ramlock_start() will come */
 	qemu_init(&s->qemu);
 	if (!s->qemu.emulator)
 		return;
+	s->has_stderr = fcntl(STDERR_FILENO, F_GETFD) >= 0;
 	leave_preload();
+	s->daemonizes = qemu_daemonizes();
 	config_from_environment(&s->config, warn);
 	if (pthread_atfork(NULL, NULL, after_fork_in_child)) {
 		warn("cannot follow forks: this VM has no guarantee");
 		return;
 	}
 	start(s);
+}
+
+/*
+ * Starts an injected shim; @config is lines of RAMLOCK_NAME=VALUE. The trampoline calls it on QEMU's main thread, in a
+ * ppoll() that was interrupted, perhaps under the big lock: it touches nothing of QEMU and never waits.
+ * Returns 0, -EALREADY when this object serves the process already, or -errno.
+ */
+__attribute__((visibility("default"))) int ramlock_start(const char *config);
+
+__attribute__((visibility("default"))) int ramlock_start(const char *config)
+{
+	static bool follows_forks;
+	struct shim *s = &shim;
+	int err;
+
+	if (atomic_load(&s->active))
+		return -EALREADY;
+	config_from_text(&s->config, config, warn);
+	if (!follows_forks && pthread_atfork(NULL, NULL, after_fork_in_child))
+		return -ENOMEM;
+	follows_forks = true;
+	s->injected = true;
+	err = start(s);
+	s->started_ns = now_ns();
+	return err;
 }
 
 __attribute__((destructor)) static void leave(void)

@@ -8,8 +8,11 @@
  */
 #include "step.h"
 
+#include "fd.h"
+
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
@@ -23,6 +26,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
+enum { PAGE = 4096 };
 static const uint64_t CREDIT_NS = 50 * 1000 * 1000;
 static const uint64_t MIB = 1 << 20;
 
@@ -61,7 +65,7 @@ static void explain_rlimit(struct outcome *o, uint64_t limit)
 }
 
 /* Whether @cost bytes may be allocated. */
-static bool admit(struct stepper *st, uint64_t cost, struct outcome *o)
+static bool afford(struct stepper *st, uint64_t cost, struct outcome *o)
 {
 	uint64_t now = now_ns(), left;
 	enum shortage why;
@@ -71,6 +75,7 @@ static bool admit(struct stepper *st, uint64_t cost, struct outcome *o)
 		return true;
 	}
 	left = headroom_memory(&st->headroom, &why);
+	left = left > st->owed ? left - st->owed : 0;
 	st->credit = left / 8;
 	st->credit_until_ns = now + CREDIT_NS;
 	if (st->credit < cost)
@@ -80,15 +85,67 @@ static bool admit(struct stepper *st, uint64_t cost, struct outcome *o)
 		return true;
 	}
 	o->shortage = why;
-	if (why == SHORTAGE_CGROUP && !st->headroom.cgroups_known) {
+	if (why == SHORTAGE_CGROUP && !st->headroom.cgroups_known)
 		snprintf(o->text, sizeof(o->text), "the limits of QEMU's memory cgroup cannot be read");
+	else
+		snprintf(o->text, sizeof(o->text),
+			 why == SHORTAGE_CGROUP ? "QEMU's memory cgroup leaves %" PRIu64 " MiB beyond its reserve" :
+						  "the host has %" PRIu64 " MiB available beyond its reserve",
+			 left / MIB);
+	return false;
+}
+
+/*
+ * Bytes of @s that locking will allocate. Only pages that are certainly there cost nothing: pages of our own in anonymous
+ * memory, or any in a shared mapping. mincore() is not enough: it also counts the zero page, which a write replaces,
+ * and the page cache under a private mapping, which a write copies. The bits are those of /proc/PID/pagemap
+ * (Documentation/admin-guide/mm/pagemap.rst); all but the frame number can be read without privilege.
+ */
+static uint64_t cost_of(const struct stepper *st, const struct step *s)
+{
+	const uint64_t present = 1ULL << 63, file = 1ULL << 61, exclusive = 1ULL << 56;
+	uint64_t entries[512], cost = 0;
+
+	for (uint64_t at = s->r.start; at < s->r.end;) {
+		size_t pages = (size_t)((s->r.end - at) / PAGE);
+		size_t want = (pages < 512 ? pages : 512) * sizeof(entries[0]);
+
+		if (pread(st->pagemap, entries, want, (off_t)(at / PAGE * sizeof(entries[0]))) != (ssize_t)want)
+			return range_size(s->r);
+		for (size_t i = 0; i < want / sizeof(entries[0]); i++) {
+			bool there = entries[i] & present;
+
+			if (!there || (s->shared ? 0 : (entries[i] & file) || !(entries[i] & exclusive)))
+				cost += PAGE;
+		}
+		at += want / sizeof(entries[0]) * PAGE;
+	}
+	return cost;
+}
+
+bool step_admit(struct stepper *st, const struct step *s, struct outcome *o)
+{
+	uint64_t cost;
+
+	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
+	if ((s->kind != STEP_LOCK && s->kind != STEP_POPULATE) || s->hugetlb)
+		return true;
+	if (s->kind == STEP_LOCK && st->headroom.status < 0) {
+		/* Then a lock of ours could not be told from another's, which must never be released. */
+		o->shortage = SHORTAGE_KERNEL;
+		snprintf(o->text, sizeof(o->text), "QEMU's /proc/self/status cannot be read");
 		return false;
 	}
-	snprintf(o->text, sizeof(o->text),
-		 why == SHORTAGE_CGROUP ? "QEMU's memory cgroup leaves %" PRIu64 " MiB" :
-					  "the host has %" PRIu64 " MiB available beyond its reserve",
-		 left / MIB);
-	return false;
+	cost = cost_of(st, s);
+	if (s->kind == STEP_POPULATE)
+		st->owed = st->owed > cost ? st->owed - cost : 0; /* it was asked for when it was armed */
+	if (!afford(st, cost, o)) {
+		st->owed += s->kind == STEP_POPULATE ? cost : 0;
+		return false;
+	}
+	if (s->kind == STEP_LOCK && !s->prefault)
+		st->owed += cost;
+	return true;
 }
 
 /* Makes the pages of @r resident and writable. Returns 0 or -errno. */
@@ -99,9 +156,9 @@ static int populate(struct stepper *st, struct range r)
 	while (!st->no_populate) {
 		if (!madvise(address(r), range_size(r), advice))
 			return 0;
-		if (errno == EFAULT && advice == MADV_POPULATE_WRITE)
-			advice = MADV_POPULATE_READ; /* a backing that may not be written */
-		else if (errno == EINVAL && advice == MADV_POPULATE_WRITE)
+		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
+			advice = MADV_POPULATE_READ; /* a mapping that may not be written, or a kernel that knows neither */
+		else if (errno == EINVAL)
 			st->no_populate = true;
 		else if (errno != EINTR && errno != EAGAIN)
 			return -errno;
@@ -131,14 +188,6 @@ static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 	bool ours;
 	int err;
 
-	if (!s->hugetlb && !s->resident && !admit(st, size, o))
-		return;
-	if (st->headroom.status < 0) {
-		/* Then a lock of ours could not be told from another's, which must never be released. */
-		o->shortage = SHORTAGE_KERNEL;
-		snprintf(o->text, sizeof(o->text), "QEMU's /proc/self/status cannot be read");
-		return;
-	}
 	before = others ? headroom_vm_locked(&st->headroom) : 0;
 	err = sys_mlock2(s->r, MLOCK_ONFAULT);
 	if (err) {
@@ -162,11 +211,8 @@ static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 
 static void do_populate(struct stepper *st, const struct step *s, struct outcome *o)
 {
-	int err;
+	int err = -populate(st, s->r);
 
-	if (!admit(st, range_size(s->r), o))
-		return;
-	err = -populate(st, s->r);
 	if (err)
 		explain_errno(st, err, s, "populating guest RAM", o);
 }
@@ -177,6 +223,25 @@ static void do_unlock(struct stepper *st, const struct step *s, struct outcome *
 
 	if (err)
 		explain_errno(st, err, s, "unlocking guest RAM", o);
+}
+
+void stepper_init(struct stepper *st)
+{
+	*st = (struct stepper){ .pagemap = -1 };
+	headroom_init(&st->headroom);
+}
+
+void stepper_open(struct stepper *st, const char *root)
+{
+	headroom_open(&st->headroom, root);
+	st->pagemap = fd_above_stdio(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+}
+
+void stepper_deinit(struct stepper *st)
+{
+	headroom_deinit(&st->headroom);
+	fd_close(st->pagemap);
+	stepper_init(st);
 }
 
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
@@ -197,6 +262,7 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 	case STEP_NONE:
 	case STEP_PLAN:
 	case STEP_STUCK:
+	case STEP_SUSPENDED:
 		assert(!"nothing to carry out");
 	}
 }

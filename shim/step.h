@@ -15,6 +15,7 @@ enum step_kind {
 	STEP_NONE,
 	STEP_PLAN, /* decide which bytes come next */
 	STEP_STUCK, /* there is no room in the books */
+	STEP_SUSPENDED, /* this is not the time to touch guest RAM */
 	/* These are carried out: */
 	STEP_LOCK,
 	STEP_POPULATE, /* an on-fault lock that should be populated now */
@@ -26,7 +27,7 @@ struct step {
 	enum step_kind kind;
 	struct range r;
 	bool hugetlb;
-	bool resident; /* the pages are there: locking them allocates nothing */
+	bool shared; /* a shared mapping: its page cache is the memory itself */
 	bool prefault;
 };
 
@@ -39,6 +40,8 @@ struct outcome {
 
 struct stepper {
 	struct headroom headroom;
+	int pagemap; /* /proc/self/pagemap */
+	uint64_t owed; /* bytes that are armed and absent: the guest will allocate them */
 	uint64_t credit; /* bytes that headroom_memory() granted */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	bool others_lock; /* something in the process holds locks besides us */
@@ -47,7 +50,16 @@ struct stepper {
 
 uint64_t now_ns(void);
 
-/* Carries out @s, of a kind from STEP_LOCK on. */
+void stepper_init(struct stepper *st);
+
+/* Opens what can be opened, in the process that is to lock; @root as for headroom_open(). */
+void stepper_open(struct stepper *st, const char *root);
+void stepper_deinit(struct stepper *st);
+
+/* Asks whether there is room for @s, of a kind from STEP_LOCK on. Returns false with the reason in @o. */
+bool step_admit(struct stepper *st, const struct step *s, struct outcome *o);
+
+/* Carries out @s, which was admitted. */
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o);
 
 #endif

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
@@ -64,6 +64,23 @@ def read(path: Path, wanted: Iterable[str] = ()) -> Elf:
         raise CannotPreload(
             f"{path} is no valid ELF file, so nothing that this machine can run", "give the QEMU program itself"
         ) from None
+
+
+def sections(path: Path, names: Iterable[str]) -> list[bytes]:
+    """Return the contents of some sections of an ELF file of ours. Raises CannotPreload when it has not all of them."""
+    try:
+        with path.open("rb") as file:
+            elf = ELFFile(file)
+            return [bytes(_section(elf, name).data()) for name in names]
+    except (OSError, ELFError, KeyError):
+        raise CannotPreload(f"{path} is no shim that can be injected", "build it again with make") from None
+
+
+def _section(elf: ELFFile, name: str) -> Any:
+    found = elf.get_section_by_name(name)
+    if found is None:
+        raise KeyError(name)
+    return found
 
 
 def check_preload(program: Elf, shim: Elf) -> None:

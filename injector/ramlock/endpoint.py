@@ -17,13 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from ramlock import procfs
+from ramlock import inside, procfs
 from ramlock.deadline import Deadline
 from ramlock.errors import NoAnswer, NoPermission, NotFound, NotOurs, RamlockError
 from ramlock.text import printable
 
-_SYS_OPENAT2 = 437  # on every architecture: it came after the numbers were unified
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
 _RETRY = 0.02
 _RIGHTS = "run ramlock as root or as the user who started the VM, or start the VM with --allow-uid"
 
@@ -41,6 +39,16 @@ def peer(sock: socket.socket) -> Peer:
     return Peer(pid, uid)
 
 
+def own_folder(pid: int) -> str:
+    """Return the folder that an injection makes for a process of another user or with another root, as it sees it."""
+    return f"/run/ramlock/{pid}"
+
+
+def own_socket(pid: int) -> str:
+    """Return the socket in `own_folder`."""
+    return f"{own_folder(pid)}/sock"
+
+
 def candidates(process: procfs.Process, environ: Mapping[str, str] | None) -> list[str]:
     """List the paths where the shim's socket of `process` may be; the likeliest first.
 
@@ -55,6 +63,7 @@ def candidates(process: procfs.Process, environ: Mapping[str, str] | None) -> li
         folders += [f"/run/user/{uid}/ramlock", f"/tmp/ramlock-{uid}"]  # noqa: S108 the peer behind it is checked
     paths = [environ.get("RAMLOCK_SOCKET", "")]
     paths += [f"{folder}/{pid}.sock" for pid in (process.inner_pid, process.pid) for folder in folders]
+    paths.append(own_socket(process.pid))
     return list(dict.fromkeys(path for path in paths if path.startswith("/")))
 
 
@@ -66,7 +75,7 @@ def connect(path: str, deadline: Deadline, root: int | None = None) -> socket.so
     """
     shown = printable(path)
     try:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC) if root is None else _open_inside(root, path)
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC) if root is None else inside.open_path(root, path)
     except PermissionError:
         raise NoPermission(f"no permission to reach {shown}", _RIGHTS) from None
     except NotADirectoryError:
@@ -98,7 +107,7 @@ def connect_process(
         roots: list[int | None] = [None]
         if not procfs.same_root(process.pid, proc):
             try:
-                theirs = _open_root(process.pid, proc)
+                theirs = inside.open_root(process.pid, proc)
                 stack.callback(os.close, theirs)
                 roots.insert(0, theirs)
             except NoPermission as error:
@@ -155,36 +164,3 @@ def _connect(address: str, shown: str, deadline: Deadline) -> socket.socket:
     except BaseException:
         sock.close()
         raise
-
-
-def _open_root(pid: int, proc: Path) -> int:
-    try:
-        return os.open(proc / str(pid) / "root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        raise NoPermission(f"no permission to look into the file system of process {pid}", _RIGHTS) from None
-    except OSError:
-        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
-
-
-def _open_inside(root: int, path: str) -> int:
-    """Open `path` (O_PATH) as if `root` were "/": neither ".." nor a symbolic link leads out (openat2(2))."""
-    import ctypes  # costs milliseconds, and only VMs in other mount namespaces need it
-
-    class OpenHow(ctypes.Structure):
-        _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-    how = OpenHow(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = int(
-        libc.syscall(
-            ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(root),
-            ctypes.c_char_p(os.fsencode(path)),
-            ctypes.byref(how),
-            ctypes.c_size_t(ctypes.sizeof(how)),
-        )
-    )
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return fd

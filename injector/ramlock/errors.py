@@ -9,6 +9,10 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
      +-- Refused             4  nothing was touched; the former guarantee is intact
      |    +-- CannotPreload  4    ... this program cannot be given the shim
      |    +-- LimitTooLow    4    ... RLIMIT_MEMLOCK does not allow it
+     |    +-- CannotInject   4    ... this process cannot be given the shim
+     |    +-- NeverParked    4    ... the main thread was never seen idle
+     |    +-- AlreadyTraced  4    ... another tracer, such as a debugger, has the process
+     |    +-- GuestRamMismatch 4  ... guest RAM seen from outside is not what the shim sees
      +-- Short               5  set, but not all of it can be locked now
      +-- NotFound            6  no such VM, or no shim in it
      |    +-- VmGone         6    ... the VM ended while we worked with it
@@ -65,6 +69,26 @@ class CannotPreload(Refused):
 
 class LimitTooLow(Refused):
     """RLIMIT_MEMLOCK of the QEMU process does not allow the guarantee."""
+
+
+class CannotInject(Refused):
+    """The process cannot be given the shim while it runs."""
+
+
+class NeverParked(Refused):
+    """The main thread of the process was never seen idle."""
+
+
+class AlreadyTraced(Refused):
+    """Another tracer has the process."""
+
+    def __init__(self, pid: int, tracer: int, name: str = "") -> None:
+        who = f"process {tracer}" + (f" ({name})" if name else "")
+        super().__init__(f"process {pid} is traced by {who} already", f"let it finish, or look: ps -p {tracer}")
+
+
+class GuestRamMismatch(Refused):
+    """Guest RAM as the shim sees it is not what was seen from outside: nothing is locked."""
 
 
 class Short(RamlockError):

@@ -29,6 +29,7 @@ from ramlock.errors import (
 )
 from ramlock.reply import Guarantee, State
 from ramlock.sizes import Size, format_apart, format_size
+from ramlock.teststeps import step
 
 ANSWER_TIME = 10.0
 """Seconds that a shim has to answer a command."""
@@ -83,6 +84,7 @@ def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline, vo
         arguments = wish.arguments(before.ram)
         may_raise = _raise_limit(before, wish, pid, vouched)
         try:
+            step("set-guarantee")
             client.execute("set_ram_minguarantee", arguments, deadline=deadline.within(ANSWER_TIME))
         except CommandError as error:
             if error.reason == "waiting" and started.remaining > 2 * _START_POLL:
@@ -191,6 +193,7 @@ def _raise_limit(before: Guarantee, wish: Wish, pid: int | None, vouched: bool) 
 
     From outside, because QEMU's sandbox forbids it inside. Raises NotOurs when it would be a stranger's.
     """
+    step("set-limit")
     if before.memlock_limit is None or pid is None:
         return True
     if wish.size.resolve(before.ram) > before.ram:

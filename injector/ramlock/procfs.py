@@ -117,6 +117,31 @@ def capabilities(pid: int | str, which: str, proc: Path = PROC) -> int:
     return int(_status(_bytes(proc / str(pid) / "status")).get(which, "0"), 16)
 
 
+def groups(pid: int, proc: Path = PROC) -> set[int]:
+    """Return the groups that count when `pid` opens files: its file system gid and the supplementary ones."""
+    status = _status(_bytes(proc / str(pid) / "status"))
+    return {int(gid) for gid in (status.get("Gid", "").split()[-1:] + status.get("Groups", "").split())}
+
+
+def tracer(pid: int, proc: Path = PROC) -> int:
+    """Return the pid of the process that traces `pid`, 0 when none does."""
+    return int(_status(_bytes(proc / str(pid) / "status")).get("TracerPid", "0"))
+
+
+def threads(pid: int, proc: Path = PROC) -> list[str]:
+    """Return the names of the threads of `pid`; none when it has ended."""
+    names = []
+    try:
+        for entry in os.listdir(proc / str(pid) / "task"):
+            try:
+                names.append(os.fsdecode(_bytes(proc / str(pid) / "task" / entry / "comm").strip()))
+            except OSError:
+                continue  # the thread has ended
+    except OSError:
+        pass
+    return names
+
+
 def same_root(pid: int, proc: Path = PROC) -> bool:
     """Tell whether a path means the same file to `pid` as to us; True when we may not know."""
     try:

@@ -84,7 +84,14 @@ def session(
     Raises NotFound, NoPermission, Refused, and ControlError when the shim does not behave.
     """
     whole = deadline or Deadline(None)
-    vm = _connect(selector, whole.within(patience), whole, proc)
+    with talk(_connect(selector, whole.within(patience), whole, proc), proc, whole) as vm:
+        yield vm
+
+
+@contextmanager
+def talk(vm: Vm, proc: Path = procfs.PROC, whole: Deadline | None = None) -> Iterator[Vm]:
+    """Begin the session with the shim of `vm`, by `whole`, and end it. Raises as session() does."""
+    whole = whole or Deadline(None)
     try:
         vm.client.greet(whole.within(ANSWER_TIME))
         yield vm

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Need
+from tests.qemu import truth
 from tests.qemu.conftest import assert_holds, ramlock
 from tests.qemu.guest import GIB, MIB, RAMLOCK, ROOT, SHIM, Guest
 
@@ -112,3 +113,27 @@ def test_demo_interrupted_cleans_up(place: Path, number: signal.Signals) -> None
     assert "nothing is left behind" in said
     assert not Path(f"/proc/{pid}").exists()
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("answer", ["", "\n"], ids=["stays", "goes"])
+def test_inject_running(answer: str) -> None:
+    path = f"{RAMLOCK.parent}:{os.environ['PATH']}"
+    with Guest(how="plain") as guest:
+        result = subprocess.run(
+            [str(EXAMPLES / "inject-running.sh"), str(guest.pid), "192M"],
+            input=answer,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={**os.environ, "PATH": path},
+        )
+        assert "main thread was away for" in result.stdout
+        assert "192 MiB of 1 GiB guest RAM" in result.stdout
+        if answer:
+            assert "the shim has left" in result.stdout
+            assert truth.vm_lck(guest.pid) == 0
+        else:
+            assert_holds(guest, 192 * MIB)
+        guest.check_unharmed()

@@ -46,7 +46,8 @@ static void no_sizes(void)
 {
 	static const char *const bad[] = { "",	   "-1",    "abc",  "1GB",     "1 G",  "2048", "1.",   ".5G", "101%",
 					   "1e30", "0x10M", "512MM", "9999999T", "1Gi", "inf",  "50%%", "all!",
-					   "1000000000000000000000000000000" };
+					   "1000000000000000000000000000000",
+					   "18446744073709551616E" };
 
 	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
 		if (bytes(bad[i]) != -1) {

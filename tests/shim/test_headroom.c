@@ -2,49 +2,15 @@
 /* What is left, read from trees of files as the kernel shows them. */
 #include "check.h"
 #include "headroom.h"
-
-#include <ftw.h>
-#include <limits.h>
-#include <stdarg.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include "tree.h"
 
 static const uint64_t MIB = 1 << 20;
-static char root[64];
 static struct headroom h;
-
-static void put(const char *name, const char *fmt, ...)
-{
-	char path[PATH_MAX];
-	va_list ap;
-	FILE *f;
-
-	snprintf(path, sizeof(path), "%s/%s", root, name);
-	for (char *slash = path + strlen(root) + 1; (slash = strchr(slash, '/')); slash++) {
-		*slash = '\0';
-		mkdir(path, 0755);
-		*slash = '/';
-	}
-	f = fopen(path, "w");
-	if (!f)
-		abort();
-	va_start(ap, fmt);
-	vfprintf(f, fmt, ap);
-	va_end(ap);
-	fclose(f);
-}
-
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-	(void)st, (void)type, (void)ftw;
-	return remove(path);
-}
 
 /* A host with 64 GiB, 8 GiB of it available, and no swap. */
 static void begin(void)
 {
-	snprintf(root, sizeof(root), "/tmp/ramlock-test-XXXXXX");
-	CHECK(mkdtemp(root));
+	tree_begin();
 	put("proc/meminfo", "MemTotal: %d kB\nMemFree: 1 kB\nMemAvailable: %d kB\nSwapFree: 0 kB\n", 64 << 20, 8 << 20);
 	put("proc/self/status", "Name:\tqemu\nCapEff:\t0000000000000000\nVmLck:\t    1024 kB\n");
 	put("proc/self/cgroup", "0::/\n");
@@ -63,7 +29,23 @@ static uint64_t left(enum shortage *why)
 
 static void end(void)
 {
-	nftw(root, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+	tree_end();
+}
+
+static const char v1_mount[] = "35 31 0:32 %s /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n";
+static const char v2_mount[] = "40 31 0:37 %s /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n";
+
+/* A v2 cgroup directory; sizes in MiB. */
+static void put_v2(const char *dir, int limit, int usage)
+{
+	char name[PATH_MAX];
+
+	snprintf(name, sizeof(name), "%s/cgroup.procs", dir);
+	put(name, "1\n");
+	snprintf(name, sizeof(name), "%s/memory.max", dir);
+	put(name, "%lld\n", limit * (long long)MIB);
+	snprintf(name, sizeof(name), "%s/memory.current", dir);
+	put(name, "%lld\n", usage * (long long)MIB);
 }
 
 static void the_host_keeps_a_reserve(void)
@@ -94,7 +76,8 @@ static void what_cannot_be_read_is_not_there(void)
 	CHECK_EQ(why, SHORTAGE_CGROUP);
 	end();
 	begin();
-	put("sys/fs/cgroup/cgroup.controllers", "memory\n");
+	put("proc/self/mountinfo", v2_mount, "/");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
 	put("sys/fs/cgroup/vm/memory.max", "%d\n", 1 << 30);
 	put("proc/self/cgroup", "0::/vm\n"); /* no memory.current */
 	CHECK_EQ(left(&why), 0);
@@ -114,20 +97,25 @@ static void the_tightest_ancestor_counts(void)
 	enum shortage why;
 
 	begin();
-	put("sys/fs/cgroup/cgroup.controllers", "memory\n");
+	put("proc/self/mountinfo", v2_mount, "/");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
 	put("proc/self/cgroup", "0::/machine/vm\n");
-	put("sys/fs/cgroup/machine/memory.max", "%lld\n", 3072 * (long long)MIB);
-	put("sys/fs/cgroup/machine/memory.current", "%lld\n", 2048 * (long long)MIB);
+	put_v2("sys/fs/cgroup/machine", 3200, 2048);
 	put("sys/fs/cgroup/machine/memory.stat", "anon 1\ninactive_anon 0\nactive_anon 0\ninactive_file %lld\n",
 	    100 * (long long)MIB);
+	put_v2("sys/fs/cgroup/machine/vm", 0, 2048);
 	put("sys/fs/cgroup/machine/vm/memory.max", "max\n");
-	put("sys/fs/cgroup/machine/vm/memory.current", "%lld\n", 2048 * (long long)MIB);
-	put("sys/fs/cgroup/machine/vm/memory.stat", "inactive_file 0\n");
-	CHECK_EQ(left(&why), 1124 * MIB);
+	CHECK_EQ(left(&why), (3200 - 2048 + 100 - 200) * MIB); /* a reserve of 1/16 */
 	CHECK_EQ(why, SHORTAGE_CGROUP);
+	/* memory.high throttles whoever is above it. */
+	put("sys/fs/cgroup/machine/vm/memory.high", "%lld\n", 2400 * (long long)MIB);
+	CHECK_EQ(left(&why), (2400 - 2048 - 150) * MIB);
+	/* A level without the memory controller has no limit. */
+	put("sys/fs/cgroup/machine/vm/deeper/cgroup.procs", "1\n");
+	put("proc/self/cgroup", "0::/machine/vm/deeper\n");
+	CHECK_EQ(left(&why), (2400 - 2048 - 150) * MIB);
 	/* Over its limit already. */
-	put("sys/fs/cgroup/machine/memory.current", "%lld\n", 4096 * (long long)MIB);
-	put("sys/fs/cgroup/machine/memory.stat", "inactive_file 0\n");
+	put_v2("sys/fs/cgroup/machine", 3200, 4096);
 	CHECK_EQ(left(&why), 0);
 	end();
 }
@@ -137,20 +125,66 @@ static void version_one_counts_the_children(void)
 	enum shortage why;
 
 	begin();
+	put("proc/self/mountinfo", v1_mount, "/");
 	put("proc/self/cgroup", "9:cpuset:/x\n4:memory:/vm\n0::/\n");
 	put("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
 	put("sys/fs/cgroup/memory/memory.usage_in_bytes", "1\n");
-	put("sys/fs/cgroup/memory/memory.stat", "");
+	put("sys/fs/cgroup/memory/memory.stat", "\n");
 	put("sys/fs/cgroup/memory/vm/memory.limit_in_bytes", "%lld\n", 1024 * (long long)MIB);
-	put("sys/fs/cgroup/memory/vm/memory.usage_in_bytes", "%lld\n", 900 * (long long)MIB);
+	put("sys/fs/cgroup/memory/vm/memory.usage_in_bytes", "%lld\n", 800 * (long long)MIB);
 	put("sys/fs/cgroup/memory/vm/memory.stat", "inactive_file 7\ntotal_inactive_file %lld\n", 50 * (long long)MIB);
-	CHECK_EQ(left(&why), 174 * MIB);
+	CHECK_EQ(left(&why), (1024 - 800 + 50 - 64) * MIB);
 	CHECK_EQ(why, SHORTAGE_CGROUP);
-	/* With swap, half of the anonymous memory could make room. */
+	/* With swap, half of the anonymous memory could make room; if the cgroup may swap. */
 	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapFree: %d kB\n", 64 << 20, 8 << 20, 1 << 20);
 	put("sys/fs/cgroup/memory/vm/memory.stat", "total_inactive_anon %lld\ntotal_active_anon %lld\n",
 	    300 * (long long)MIB, 100 * (long long)MIB);
-	CHECK_EQ(left(&why), 324 * MIB);
+	CHECK_EQ(left(&why), (1024 - 800 - 64) * MIB);
+	put("sys/fs/cgroup/memory/vm/memory.memsw.limit_in_bytes", "%lld\n", 1000 * (long long)MIB);
+	put("sys/fs/cgroup/memory/vm/memory.memsw.usage_in_bytes", "%lld\n", 700 * (long long)MIB);
+	CHECK_EQ(left(&why), (1024 - 800 - 64 + 150) * MIB);
+	end();
+}
+
+static void a_container_sees_its_part_of_the_tree(void)
+{
+	enum shortage why;
+
+	begin();
+	put("proc/self/mountinfo", v1_mount, "/docker/abc");
+	put("proc/self/cgroup", "4:memory:/docker/abc\n");
+	put("sys/fs/cgroup/memory/memory.limit_in_bytes", "%lld\n", 1024 * (long long)MIB);
+	put("sys/fs/cgroup/memory/memory.usage_in_bytes", "0\n");
+	CHECK_EQ(left(&why), 960 * MIB);
+	/* A cgroup below it that cannot be seen could have any limit. */
+	put("proc/self/cgroup", "4:memory:/docker/abc/sub\n");
+	CHECK_EQ(left(&why), 0);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	/* And so could one beside it. */
+	put("proc/self/cgroup", "4:memory:/docker/abcdef\n");
+	CHECK_EQ(left(&why), 0);
+	end();
+}
+
+static void a_move_to_another_cgroup_is_noticed(void)
+{
+	enum shortage why;
+
+	begin();
+	put("proc/self/mountinfo", v2_mount, "/");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
+	put("proc/self/cgroup", "0::/wide\n");
+	put_v2("sys/fs/cgroup/wide", 4096, 0);
+	put_v2("sys/fs/cgroup/tight", 128, 0);
+	headroom_init(&h);
+	headroom_open(&h, root);
+	CHECK_EQ(headroom_memory(&h, &why), (4096 - 256) * MIB);
+	put("proc/self/cgroup", "0::/tight\n");
+	CHECK_EQ(headroom_memory(&h, &why), 64 * MIB);
+	put("proc/self/cgroup", "0::/gone\n");
+	CHECK_EQ(headroom_memory(&h, &why), 0);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	headroom_deinit(&h);
 	end();
 }
 
@@ -184,4 +218,5 @@ static void this_machine_can_be_read(void)
 }
 
 CHECK_MAIN(CASE(the_host_keeps_a_reserve), CASE(what_cannot_be_read_is_not_there), CASE(the_tightest_ancestor_counts),
-	   CASE(version_one_counts_the_children), CASE(the_locked_memory_limit), CASE(this_machine_can_be_read))
+	   CASE(version_one_counts_the_children), CASE(a_container_sees_its_part_of_the_tree),
+	   CASE(a_move_to_another_cgroup_is_noticed), CASE(the_locked_memory_limit), CASE(this_machine_can_be_read))

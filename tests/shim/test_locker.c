@@ -42,7 +42,7 @@ static void begin(void)
 	if (!started) {
 		started = true;
 		locker_init(&locker, note, NULL);
-		headroom_open(&locker.stepper.headroom, "");
+		stepper_open(&locker.stepper, "");
 		CHECK_EQ(locker_set(&locker, &(struct wish){ .lock_ram_size = MIB }, text), -EAGAIN);
 		locker_query(&locker, &status);
 		CHECK_EQ(status.state, LOCKER_WAITING);

@@ -44,7 +44,8 @@ def test_candidates(tmp_path: Path) -> None:
         "/run/user/1001/ramlock/7.sock",
         "/tmp/ramlock-1001/7.sock",
     ]
-    assert endpoint.candidates(process, None) == own + [path.replace("7.sock", "20.sock") for path in own]
+    outer = [path.replace("7.sock", "20.sock") for path in own]
+    assert endpoint.candidates(process, None) == [*own, *outer, "/run/ramlock/20/sock"]
     environ = {"RAMLOCK_SOCKET": "/x/y", "XDG_RUNTIME_DIR": "/z"}
     assert endpoint.candidates(process, environ)[:3] == ["/x/y", "/run/ramlock/7.sock", "/z/ramlock/7.sock"]
     assert all(path.startswith("/") for path in endpoint.candidates(process, {"RAMLOCK_SOCKET": "relative"}))

@@ -10,16 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "injector" / "ramlock"
 FLOORS = [
-    {"errors", "streams", "text"},
+    {"errors", "streams", "text", "teststeps"},
     {"deadline", "sizes"},
-    {"procfs", "elf", "control", "reply", "shim"},
-    {"host", "endpoint"},
-    {"launch", "guarantee"},
-    {"vms"},
+    {"procfs", "elf", "control", "reply", "shim", "tracee"},
+    {"host", "inside", "memory", "rights", "x86_64"},
+    {"endpoint", "guestram", "loaded"},
+    {"launch", "guarantee", "detour", "place", "road"},
+    {"vms", "inject", "kept", "memfd", "preflight"},
+    {"eject"},
+    {"install"},
     {"commands"},
     {"__main__"},
 ]
-FOREIGN = {"elftools": {"elf"}, "click": {"commands"}, "rich": {"commands"}}
+FOREIGN = {"elftools": {"elf"}, "ptrace": {"tracee"}, "click": {"commands"}, "rich": {"commands"}}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -15,8 +15,11 @@ from ramlock.text import printable
 
 VERBS = {
     "run": "Start QEMU with the shim in it.",
+    "inject": "Bring the shim into a VM that runs already.",
     "set": "Set how much guest RAM is guaranteed.",
     "status": "Show what is guaranteed and what is locked.",
+    "preflight": "Say whether a VM can be injected, and if not, why.",
+    "eject": "Take the shim out of a VM that runs.",
 }
 """Every verb and its one line of help; `ramlock --help` needs no more, and loads none of the modules."""
 
@@ -51,6 +54,8 @@ def cli(ctx: click.Context) -> None:
     \b
     Start an unmodified QEMU under ramlock, with 1 GiB guaranteed:
       ramlock run --guarantee 1G -- qemu-system-x86_64 -name web -m 4G ...
+    Bring it into one that runs already:
+      ramlock inject --vm db --guarantee 1G
     Raise it to 3 GiB, then look, then let go of everything:
       ramlock set 3G --vm web
       ramlock status --vm web

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ramlock.errors import RamlockError
+from ramlock.errors import RamlockError, UsageError
 from ramlock.sizes import Size, parse_size
 from ramlock.vms import Selector
 
@@ -55,6 +55,26 @@ def vm_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def one_vm_options(function: F) -> F:
+    """Add --pid and --vm: a process is meant, and not a socket."""
+    for option in (
+        click.option("--vm", metavar="NAME", help="The VM that QEMU's -name calls so."),
+        click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="PID", help="The VM's QEMU process."),
+    ):
+        function = option(function)
+    return function
+
+
+def which_pid(pid: int | None, vm: str | None, find: Callable[[str], int]) -> int:
+    """Return the process that is meant; `find` finds it by the VM's name.
+
+    Raises UsageError unless exactly one of the two is given.
+    """
+    if (pid is None) == (vm is None):
+        raise UsageError("which VM is meant?", "give exactly one of --pid PID and --vm NAME")
+    return pid if pid is not None else find(vm or "")
 
 
 def lock_options(function: F) -> F:

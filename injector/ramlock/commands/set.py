@@ -71,32 +71,58 @@ def command(
     deadline = Deadline(timeout)
     patience = guarantee.START_TIME if timeout is None else timeout
     with vms.session(chosen, patience=patience, deadline=deadline) as found:
-        placed = _place(found, guarantee.Wish(size, order, prefault), deadline, vouched=socket is None)
+        now = place_and_follow(
+            found,
+            guarantee.Wish(size, order, prefault),
+            deadline,
+            wait=wait,
+            patient=timeout is not None,
+            as_json=as_json,
+            vouched=socket is None,
+        )
         try:
-            _report(found, placed, deadline if wait else None, patient=timeout is not None, as_json=as_json)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted; the guarantee is set and stays at {format_size(placed.requested)}",
-                "watch it with ramlock status, or set another one",
-            ) from None
-
-
-def _report(found: vms.Vm, placed: Guarantee, until: Deadline | None, *, patient: bool, as_json: bool) -> None:
-    """Wait for the guarantee `placed`, unless `until` is None, and print what came of it."""
-    now = placed
-    if until is not None:
-        try:
-            with _progress(found.label, placed) as show:
-                now = guarantee.follow(found.client, placed, deadline=until, patient=patient, show=show)
-        except (Short, TimedOut):
             if as_json:
-                with suppress(ControlError):
-                    emit_json(guarantee.query(found.client, Deadline(guarantee.LAST_LOOK)).raw)
-            raise
-    if as_json:
-        emit_json(now.raw)
-    else:
-        emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
+                emit_json(now.raw)
+            else:
+                emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
+        except KeyboardInterrupt:
+            raise _left(now) from None
+
+
+def place_and_follow(
+    found: vms.Vm,
+    wish: guarantee.Wish,
+    deadline: Deadline,
+    *,
+    wait: bool,
+    patient: bool,
+    as_json: bool = False,
+    vouched: bool = True,
+) -> Guarantee:
+    """Set the guarantee and, with `wait`, follow it to its end. Raises what guarantee.place() and follow() raise.
+
+    With `as_json` the state is also printed when the guarantee is not reached; `vouched` as for guarantee.place().
+    """
+    placed = _place(found, wish, deadline, vouched=vouched)
+    if not wait:
+        return placed
+    try:
+        with _progress(found.label, placed) as show:
+            return guarantee.follow(found.client, placed, deadline=deadline, patient=patient, show=show)
+    except KeyboardInterrupt:
+        raise _left(placed) from None
+    except (Short, TimedOut):
+        if as_json:
+            with suppress(ControlError):
+                emit_json(guarantee.query(found.client, Deadline(guarantee.LAST_LOOK)).raw)
+        raise
+
+
+def _left(placed: Guarantee) -> Interrupted:
+    return Interrupted(
+        f"interrupted; the guarantee is set and stays at {format_size(placed.requested)}",
+        "watch it with ramlock status, or set another one",
+    )
 
 
 def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, vouched: bool) -> Guarantee:

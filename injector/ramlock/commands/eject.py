@@ -1,0 +1,33 @@
+"""`ramlock eject`: take the shim out of a VM that runs."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import click
+
+from ramlock import eject, vms
+from ramlock.commands.common import emit, one_vm_options, read_seconds
+from ramlock.vms import Selector
+
+
+@click.command()
+@one_vm_options
+@click.option(
+    "--timeout",
+    type=float,
+    default=30.0,
+    show_default=True,
+    callback=read_seconds,
+    metavar="SECONDS",
+    help="How long it may take to unlock everything.",
+)
+def command(pid: int | None, vm: str | None, timeout: float) -> None:
+    """Take the shim out of a VM that runs.
+
+    Everything that it holds is unlocked, its threads end, its socket goes away; the VM runs on. `ramlock inject` brings
+    it back.
+
+    \b
+      ramlock eject --vm web
+    """
+    with vms.session(Selector(pid, vm)) as found:
+        eject.eject(found, timeout)
+        emit(f"{found.label}: the shim has left, nothing is guaranteed any more")

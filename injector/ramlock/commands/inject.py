@@ -1,0 +1,119 @@
+"""`ramlock inject`: bring the shim into a VM that runs already."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+from typing import Any
+
+import click
+
+from ramlock import __version__, guarantee, vms
+from ramlock.commands.common import (
+    emit,
+    emit_json,
+    lock_options,
+    one_vm_options,
+    read_seconds,
+    read_size,
+    which_pid,
+)
+from ramlock.deadline import Deadline
+from ramlock.sizes import Size, format_size
+
+
+def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from ramlock.teststeps import STEPS
+
+        emit("\n".join(STEPS))
+        ctx.exit()
+
+
+@click.command()
+@one_vm_options
+@click.option("--guarantee", "size", callback=read_size, metavar="SIZE", help="Guest RAM to guarantee then.")
+@click.option("--socket", metavar="PATH", help="Where the shim listens, as the VM's process sees it.")
+@click.option("--allow-uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Another user who may set it.")
+@lock_options
+@click.option("--wait/--no-wait", default=True, help="Wait until the guarantee is locked (default), or return at once.")
+@click.option(
+    "--timeout",
+    type=float,
+    default=2.0,
+    show_default=True,
+    callback=read_seconds,
+    metavar="SECONDS",
+    help="How long to wait for QEMU's main thread to be idle.",
+)
+@click.option("--upgrade", is_flag=True, help="Replace a shim of another version; what is locked stays locked.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; times in µs.")
+@click.option("--list-steps", is_flag=True, hidden=True, is_eager=True, expose_value=False, callback=_list_steps)
+def command(
+    pid: int | None,
+    vm: str | None,
+    size: Size | None,
+    socket: str | None,
+    allow_uid: int | None,
+    order: str | None,
+    prefault: bool | None,
+    wait: bool,
+    timeout: float,
+    upgrade: bool,
+    as_json: bool,
+) -> None:
+    """Bring the shim into a VM that runs already.
+
+    QEMU's main thread is away for about a millisecond; its vCPUs are never stopped. If the shim is there already, it is
+    used as it is.
+
+    \b
+    Then ramlock set and status work as on a VM started by ramlock run:
+      ramlock inject --vm web
+    With half of its RAM guaranteed at once:
+      ramlock inject --pid 4711 --guarantee 50%
+    What would stand in the way; how to take it out again:
+      ramlock preflight --vm web
+      ramlock eject --vm web
+    """
+    from ramlock import install  # takes libraries that --help need not
+
+    target = which_pid(pid, vm, vms.find_pid)
+    options = install.Options(socket, allow_uid, timeout, upgrade)
+    with install.installed(target, options, os.environ) as (found, outcome):
+        now: Any = None
+        if size is not None:
+            from ramlock.commands.set import place_and_follow
+
+            wish = guarantee.Wish(size, order, prefault)
+            now = place_and_follow(found, wish, Deadline(None), wait=wait, patient=False)
+        if as_json:
+            emit_json(_json(outcome))
+            return
+        emit(f"{found.label}: {_words(outcome)}")
+        emit(f"socket: {outcome.socket}")
+        if now is not None:
+            emit(f"guarantee: {format_size(now.requested)}, {format_size(now.locked)} locked")
+
+
+def _json(outcome: Any) -> dict[str, Any]:
+    stopped = outcome.stopped_us
+    result = {
+        "socket": outcome.socket,
+        "already": outcome.already,
+        "version": outcome.version,
+        "source": outcome.source,
+        "attempts": outcome.attempts,
+        "stopped-us": None if stopped is None else round(stopped, 1),
+        "traced-us": round(outcome.traced_us, 1),
+    }
+    if outcome.replaced is not None:
+        result["replaced"] = outcome.replaced
+    return result
+
+
+def _words(outcome: Any) -> str:
+    if outcome.already:
+        other = "" if outcome.version == __version__ else f"; this is ramlock {__version__}, replace it with --upgrade"
+        return f"ramlock {outcome.version} is in it already{other}"
+    took = "" if outcome.stopped_us is None else f"; QEMU's main thread was away for {outcome.stopped_us / 1000:.2f} ms"
+    former = f", in place of {outcome.replaced}" if outcome.replaced else ""
+    return f"ramlock {outcome.version} is in it now{former}{took}"

@@ -1,0 +1,36 @@
+"""`ramlock preflight`: say whether a VM can be injected, and if not, why."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+
+import click
+
+from ramlock import vms
+from ramlock.commands.common import emit, emit_json, one_vm_options, which_pid
+
+
+@click.command()
+@one_vm_options
+@click.option("--json", "as_json", is_flag=True, help='Print {"ok", "checks": [{"name", "ok", "detail", "hint"}]}.')
+def command(pid: int | None, vm: str | None, as_json: bool) -> int:
+    """Say whether a VM can be injected, and if not, why.
+
+    Looks only: nothing is written to the VM, nothing is stopped. Exit code 0 when every check passes, else 4.
+
+    \b
+      ramlock preflight --vm web
+      ramlock preflight --pid 4711 --json | jq '.checks[] | select(.ok | not)'
+    """
+    from ramlock import preflight  # takes libraries that --help need not
+
+    report = preflight.look(which_pid(pid, vm, vms.find_pid), os.environ)
+    if as_json:
+        checks = [{"name": c.name, "ok": c.ok, "detail": c.detail, "hint": c.hint} for c in report.checks]
+        emit_json({"ok": report.ok, "checks": checks})
+    else:
+        for check in report.checks:
+            mark = click.style("pass" if check.ok else "FAIL", fg="green" if check.ok else "red")
+            emit(f"  {mark}  {check.name:<13} {check.detail}")
+            if check.hint:
+                emit(f"        {'':<13} {click.style('hint:', fg='cyan')} {check.hint}")
+    return 0 if report.ok else 4

@@ -1,0 +1,383 @@
+"""Bring the shim into a running VM, and out of it: all that is around the injection, in its order.
+
+Look first (preflight.py, guestram.py), then inject, then hold what the shim says about guest RAM against what was seen
+from outside, and only then lock anything. Everything may be done again: who comes second finds the shim and uses it.
+"""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ramlock import (
+    detour,
+    eject,
+    endpoint,
+    guarantee,
+    guestram,
+    inject,
+    kept,
+    loaded,
+    memfd,
+    place,
+    preflight,
+    procfs,
+    reply,
+    road,
+    vms,
+)
+from ramlock.control import Client
+from ramlock.deadline import Deadline
+from ramlock.errors import (
+    CannotInject,
+    CommandError,
+    ControlError,
+    GuestRamMismatch,
+    NoPermission,
+    NotFound,
+    RamlockError,
+    Refused,
+)
+from ramlock.memory import Memory, Object
+from ramlock.teststeps import step
+from ramlock.text import printable
+
+SOCKET_TIME = 10.0
+"""Seconds that the shim has to listen, counted from when it was started; QEMU's main loop may be busy."""
+_POLL_FIRST, _POLL_MOST = 0.001, 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asks for; None is the shim's default."""
+
+    socket: str | None = None
+    allow_uid: int | None = None
+    timeout: float = 2.0
+    """Seconds that the main thread has to be seen idle in."""
+    upgrade: bool = False
+    owner: int | None = None
+    """The user who may always connect; None: we."""
+
+
+class Outcome(NamedTuple):
+    """A shim in a VM, and what it took to bring it there."""
+
+    socket: str
+    """Where it can be reached from here."""
+    already: bool
+    """Whether it was there before."""
+    version: str
+    source: str
+    """Whose word guest RAM is: "qemu", which was held against what is seen from outside, or "none" so far."""
+    attempts: int = 0
+    stopped_us: float | None = None
+    """µs that QEMU's main thread was away; None when unknown."""
+    traced_us: float = 0.0
+    """µs of it that it was stopped by us."""
+    replaced: str | None = None
+    """The version that was upgraded."""
+
+
+@contextmanager
+def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterator[tuple[vms.Vm, Outcome]]:
+    """Make sure that `pid` has a shim, and open a session with it; `environ` is ours.
+
+    Raises NotFound, NoPermission and Refused when nothing was done, GuestRamMismatch when the shim was ejected again,
+    and whatever a session can raise.
+    """
+    with ExitStack() as stack:
+        process, vm = _existing(stack, pid, options)
+        if vm is None:
+            report = preflight.look(pid, environ, options.socket)
+            report.require()
+            place.sweep()
+            plan = _plan(report)
+            found, outcome = _install(stack, plan, options, None)
+            _adopt_kept(found, plan.process)
+            yield found, outcome
+        elif options.upgrade and (new := _plan_upgrade(vm, process, options, environ)):
+            yield _upgrade(stack, vm, *new)
+        else:
+            blocks = _from_outside(process)
+            source = _compare(vm, process, blocks) if blocks is not None else "qemu"
+            _adopt_kept(vm, process)
+            yield vm, Outcome(place.from_here(process, vm.client.where), True, version(vm), source)
+        step("end")
+
+
+def version(vm: vms.Vm) -> str:
+    """Return the version of the shim, from its greeting."""
+    return vm.client.package.removeprefix("ramlock ").strip()
+
+
+class _Plan(NamedTuple):
+    """What a preflight without a fault has found."""
+
+    process: procfs.Process
+    file: road.File
+    way: road.Road
+    where: place.Place
+    blocks: list[guestram.Block]
+
+
+def _plan(report: preflight.Preflight) -> _Plan:
+    process, file, way, where, blocks = report.process, report.file, report.way, report.where, report.blocks
+    if process is None or file is None or way is None or where is None or blocks is None:
+        raise CannotInject(f"process {report.pid} could not be looked at", "see ramlock preflight")
+    return _Plan(process, file, way, where, blocks)
+
+
+def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Process, vms.Vm | None]:
+    """Open a session with the shim that is there already, if one is."""
+    pin = procfs.Pin(pid)
+    stack.callback(pin.close)
+    process = procfs.read(pid)
+    if process.ended:
+        return process, None  # a zombie: the preflight says so
+    deadline = Deadline(options.timeout)
+    while (found := _connect(process, options)) is None and eject.serves(pid):
+        if deadline.expired:
+            raise Refused(
+                f"there is a shim in process {pid}, but its socket is not found",
+                "say where it is with --socket; a VM that is just starting, or stopped, may need some time",
+            )
+        time.sleep(_POLL_MOST)
+    pin.check()
+    return process, None if found is None else stack.enter_context(vms.talk(_vm(process, procfs.Pin(pid), found)))
+
+
+def _install(stack: ExitStack, plan: _Plan, options: Options, handed: dict[str, Any] | None) -> tuple[vms.Vm, Outcome]:
+    """Inject, and compare; `handed` is what a former shim has left to be adopted."""
+    process = plan.process
+    path = plan.way.path or memfd.provide(process.pid, plan.file.path, plan.file.build_id, options.timeout)
+    cost = _inject(process, plan.file.path, path, plan.where, options)
+    vm = stack.enter_context(vms.talk(_await(process, path, plan.where)))
+    try:
+        source = _compare(vm, process, plan.blocks)
+    except GuestRamMismatch:
+        with suppress(RamlockError):
+            eject.eject(vm)
+        raise
+    if handed is not None:
+        _adopt(vm, handed)
+    started = _started(vm)
+    already = started is not None and started < cost.begun_ns  # somebody else was quicker
+    stopped = (started - cost.begun_ns) / 1000 if started is not None and not already else None
+    where = place.from_here(process, vm.client.where)
+    return vm, Outcome(where, already, version(vm), source, cost.attempts, stopped, cost.traced_us)
+
+
+def _inject(process: procfs.Process, file: Path, path: str, where: place.Place, options: Options) -> inject.Injection:
+    place.prepare(process, where, shared=options.allow_uid is not None)
+    try:
+        cost = inject.inject(process.pid, file, os.fsencode(path), _config(process, where, options), options.timeout)
+    except BaseException:
+        place.remove(process)
+        raise
+    place.link(process, where)
+    return cost
+
+
+def _plan_upgrade(
+    vm: vms.Vm, process: procfs.Process, options: Options, environ: Mapping[str, str]
+) -> tuple[_Plan, Options, loaded.Shim] | None:
+    """Look whether our shim is another than the one that serves; None when it is the same.
+
+    The settings of the former one are kept as far as they can be known.
+    """
+    theirs = procfs.environ(process.pid) or {}
+    allowed = theirs.get("RAMLOCK_ALLOW_UID", "")
+    facts = _ask(vm, "query-ramlock")
+    kept = replace(
+        options,
+        socket=options.socket or theirs.get("RAMLOCK_SOCKET") or place.linked(process),
+        allow_uid=int(allowed) if options.allow_uid is None and allowed.isdecimal() else options.allow_uid,
+        owner=process.uids[0] if facts.get("entry") == "preloaded" else None,
+    )
+    report = preflight.look(process.pid, environ, kept.socket)
+    report.require()
+    plan = _plan(report)
+    # Shims that were ejected stay loaded; one that does not say where it is was most likely the last to come.
+    serving = [found for found in report.shims if found.base == facts.get("base")] or report.shims
+    if not serving or serving[-1].build_id == plan.file.build_id:
+        return None
+    return plan, kept, serving[-1]
+
+
+def _upgrade(
+    stack: ExitStack, vm: vms.Vm, plan: _Plan, options: Options, former: loaded.Shim
+) -> tuple[vms.Vm, Outcome]:
+    """Replace the shim by ours. What it has locked stays locked: the new one takes over its books.
+
+    When the new one cannot be brought in, the former one is started again, with its books. Raises what hindered the
+    new one.
+    """
+    process, pid = plan.process, plan.process.pid
+    old = version(vm)
+    step("hand-over")
+    try:
+        handed = vm.client.execute("ramlock-eject", {"keep": True}, deadline=Deadline(vms.ANSWER_TIME))
+    except CommandError:
+        raise Refused(
+            f"ramlock {old} in process {pid} cannot be replaced while it holds memory",
+            "take it out with ramlock eject, which unlocks everything, and inject again",
+        ) from None
+    if not isinstance(handed, dict):
+        raise ControlError("the former shim handed nothing over", "what it had locked stays locked until the VM ends")
+    kept.write(process, handed)
+    try:
+        eject.wait_gone(pid, eject.GOING_TIME)
+        found, outcome = _install(stack, plan, options, handed)
+    except (RamlockError, OSError):
+        eject.wait_gone(pid, eject.GOING_TIME)
+        _inject(process, plan.file.path, former.name, plan.where, options)
+        with vms.talk(_await(process, former.name, plan.where)) as again:
+            _adopt(again, handed)
+        kept.remove(process)
+        raise
+    kept.remove(process)
+    return found, outcome._replace(replaced=old)
+
+
+def _adopt(vm: vms.Vm, handed: dict[str, Any]) -> None:
+    """Give a shim the books of a former one, as soon as it knows guest RAM. Raises CommandError."""
+    step("adopt")
+    deadline = Deadline(guarantee.START_TIME)
+    while guarantee.query(vm.client).state is reply.State.WAITING and not deadline.expired:
+        time.sleep(_POLL_MOST)
+    vm.client.execute("ramlock-adopt", handed, deadline=Deadline(vms.ANSWER_TIME))
+
+
+def _adopt_kept(vm: vms.Vm, process: procfs.Process) -> None:
+    """Finish an upgrade that was broken off. A shim that has a guarantee by now takes no other books."""
+    if (handed := kept.read(process)) is not None:
+        with suppress(CommandError):
+            _adopt(vm, handed)
+        kept.remove(process)
+
+
+def _config(process: procfs.Process, where: place.Place, options: Options) -> bytes:
+    """The shim's settings. The guarantee is not among them: first what it knows of guest RAM is held against ours."""
+    owner = os.geteuid() if options.owner is None else options.owner
+    lines = [f"RAMLOCK_OWNER_UID={place.uid_inside(owner, process.pid)}"]
+    if where.path is not None:
+        lines.append(f"RAMLOCK_SOCKET={where.path}")
+    if options.allow_uid is not None:
+        lines.append(f"RAMLOCK_ALLOW_UID={place.uid_inside(options.allow_uid, process.pid)}")
+    return os.fsencode("\n".join(lines) + "\n")
+
+
+def _connect(process: procfs.Process, options: Options) -> tuple[Any, str] | None:
+    environ = dict(procfs.environ(process.pid) or {})
+    if options.socket is not None:
+        environ["RAMLOCK_SOCKET"] = options.socket
+    try:
+        return endpoint.connect_process(process, environ, Deadline(vms.ANSWER_TIME))
+    except NotFound:  # also when only others listen there
+        return None
+    except NoPermission:
+        if os.geteuid() == 0 or eject.serves(process.pid):
+            raise
+        return None
+
+
+def _vm(process: procfs.Process, pin: procfs.Pin, found: tuple[Any, str]) -> vms.Vm:
+    return vms.Vm(Client(found[0], printable(found[1])), process.pid, process.name, pin)
+
+
+def _await(process: procfs.Process, path: str, where: place.Place) -> vms.Vm:
+    """Wait until the shim listens. Raises CannotInject, saying why it does not."""
+    step("wait-socket")
+    pin = procfs.Pin(process.pid)
+    deadline = Deadline(SOCKET_TIME)
+    pause = _POLL_FIRST
+    options = Options(socket=where.path)
+    back = False
+    try:
+        while (found := _connect(process, options)) is None:
+            pin.check()
+            if not back and _is_back(process.pid):
+                back = True
+                if not _is_loaded(process.pid, path):
+                    place.remove(process)
+                    raise CannotInject(
+                        f"the loader of process {process.pid} did not take {path}",
+                        "is it readable and executable for the VM's user, and allowed by the security modules?",
+                    )
+            if deadline.expired:
+                raise ControlError(
+                    f"the shim is in process {process.pid}, but does not listen on {where.path or 'its usual socket'}",
+                    "QEMU's own log says why; try again with another --socket",
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_MOST)
+    except BaseException:
+        pin.close()
+        raise
+    return _vm(process, pin, found)
+
+
+def _is_back(pid: int) -> bool:
+    """Whether the main thread sleeps in libc's ppoll() again, and so has left the trampoline."""
+    with Memory(pid) as memory:
+        maps = memory.maps()
+        ppoll, _ = detour.find_symbols(memory, maps, detour.find_libc(memory, maps))
+        return detour.looks_parked(pid, ppoll)
+
+
+def _is_loaded(pid: int, path: str) -> bool:
+    with Memory(pid) as memory:
+        maps = memory.maps()
+        program = Object(memory, loaded.executable(memory, maps).start)
+        return any(found.name == path for found in loaded.objects(memory, program))
+
+
+def _from_outside(process: procfs.Process) -> list[guestram.Block] | None:
+    """Locate guest RAM; None when we may not look, or this QEMU does not export its list."""
+    try:
+        with Memory(process.pid) as memory:
+            program = Object(memory, loaded.executable(memory, memory.maps()).start)
+            return guestram.locate(memory, program)
+    except NoPermission:
+        return None
+
+
+def _compare(vm: vms.Vm, process: procfs.Process, outside: list[guestram.Block]) -> str:
+    """Hold the shim's guest RAM against ours. A VM may plug memory in between the two: then both are looked at again.
+
+    Returns whose word guest RAM is. Raises GuestRamMismatch.
+    """
+    step("compare")
+    for last in (False, False, True):
+        answer = vm.client.execute("query-ram-blocks", deadline=Deadline(vms.ANSWER_TIME))
+        blocks = guestram.parse_reply(answer)
+        with Memory(process.pid) as memory:
+            maps = memory.maps()
+        try:
+            guestram.compare(blocks, outside, maps)
+            return "qemu" if blocks else "none"
+        except GuestRamMismatch:
+            if last:
+                raise
+        outside = _from_outside(process) or []
+    raise AssertionError
+
+
+def _started(vm: vms.Vm) -> int | None:
+    """When ramlock_start() ended in the shim, in ns of CLOCK_MONOTONIC."""
+    value = _ask(vm, "query-ramlock").get("started-ns")
+    return value if isinstance(value, int) else None
+
+
+def _ask(vm: vms.Vm, command: str) -> dict[str, Any]:
+    """Ask what older shims do not know; they answer nothing."""
+    try:
+        answer = vm.client.execute(command, deadline=Deadline(vms.ANSWER_TIME))
+    except CommandError:
+        return {}
+    return answer if isinstance(answer, dict) else {}

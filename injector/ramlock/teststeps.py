@@ -1,0 +1,39 @@
+"""The places of an injection where a test may kill the controller, to prove that the VM survives it there."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+import signal
+
+STEPS = (
+    "hand-over",
+    "begin",
+    "ptrace-seize",
+    "ptrace-interrupt",
+    "ptrace-getregs",
+    "ptrace-getregset",
+    "write-code",
+    "write-code-done",
+    "write-frame",
+    "write-frame-done",
+    "ptrace-setregs",
+    "ptrace-setregs-done",
+    "ptrace-detach",
+    "ptrace-detach-done",
+    "fill-memfd",
+    "fill-memfd-done",
+    "wait-socket",
+    "compare",
+    "adopt",
+    "set-limit",
+    "set-guarantee",
+    "end",
+)
+"""In the order in which an injection passes them."""
+
+_KILL_AT = os.environ.get("RAMLOCK_TEST_KILL_AT")
+
+
+def step(name: str) -> None:
+    """Pass the place `name`: where RAMLOCK_TEST_KILL_AT says so, die as by kill -9."""
+    if name == _KILL_AT:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,87 @@
+"""docs/protocol.md and the shim say the same."""
+
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.qemu.guest import MIB, ROOT, Guest
+from tests.qemu.monitor import Monitor, MonitorError
+
+PAGE = (ROOT / "docs/protocol.md").read_text()
+# A member that is there only at times.
+SOMETIMES = {"eta-s", "memlock-limit", "short", "launch-error", "waiting", "started-ns"}
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """The rows of the first table below a heading: the name in the first column, and the other columns."""
+    text = PAGE.split(f"\n{heading}\n", 1)[1]
+    rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert rows
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in rows.group().splitlines()[2:]]
+    return {name.strip("`"): rest for names, *rest in cells for name in names.split(", ")}
+
+
+COMMANDS = table("## Commands")
+MEMBERS = table("### `query-ram-minguarantee`")
+EVENTS = table("## Events")
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[Guest]:
+    with Guest(memory=256 * MIB) as running:
+        running.settle()
+        yield running
+
+
+@pytest.fixture
+def shim(guest: Guest) -> Iterator[Monitor]:
+    with guest.shim() as session:
+        yield session
+
+
+def test_commands(shim: Monitor) -> None:
+    assert {entry["name"] for entry in shim.execute("query-commands")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "qmp_capabilities"])
+def test_arguments(shim: Monitor, command: str) -> None:
+    """Each argument that the page names is known to the command, by its complaint about the type; no other is."""
+    for argument in re.findall(r"`([a-z-]+)(?:: true)?`(?=[ ,]|$)", COMMANDS[command][0]):
+        with pytest.raises(MonitorError, match=f"Invalid parameter type for '{argument}'"):
+            shim.execute(command, {argument: None})
+    with pytest.raises(MonitorError, match="Parameter 'nonsense' is unexpected"):
+        shim.execute(command, {"nonsense": 1})
+
+
+def test_members(shim: Monitor) -> None:
+    reply = set(shim.execute("query-ram-minguarantee"))
+    assert reply <= set(MEMBERS), reply - set(MEMBERS)
+    assert set(MEMBERS) - SOMETIMES <= reply, set(MEMBERS) - reply
+
+
+@pytest.mark.parametrize("command", ["query-ram-blocks", "query-ramlock"])
+def test_members_in_the_commands_table(shim: Monitor, command: str) -> None:
+    reply = shim.execute(command)
+    named = set(re.findall(r'"([a-z-]+)"', COMMANDS[command][1]))
+    assert set(reply[0] if isinstance(reply, list) else reply) | (named & SOMETIMES) == named
+
+
+def test_events(shim: Monitor) -> None:
+    for name, size in (("RAM_MINGUARANTEE_REACHED", 64 * MIB), ("RAM_MINGUARANTEE_REACHED", 0)):
+        shim.execute("set_ram_minguarantee", {"size": size})
+        data = shim.wait_event(name, timeout=60)["data"]
+        assert set(data) == set(re.findall(r"`([a-z-]+)`", EVENTS[name][0]))
+
+
+def test_the_shims_code_knows_no_other_event_nor_reason() -> None:
+    """What cannot be brought about here at will: names in the source, against the page."""
+    source = "".join(path.read_text() for path in (ROOT / "shim").glob("*.c"))
+    assert set(re.findall(r'"(RAM_MINGUARANTEE_[A-Z]+)"', source)) == set(EVENTS)
+    shortages = re.findall(r'\[SHORTAGE_[A-Z_]+\] = "([a-z-]+)"', source)
+    assert set(shortages) - {"none"} == set(re.findall(r"`([a-z-]+)`", MEMBERS["short"][0].split("reasons:")[1]))
+    states = re.findall(r'\[LOCKER_[A-Z]+\] = "([a-z]+)"', source)
+    assert set(states) == set(re.findall(r"`([a-z]+)`", MEMBERS["state"][0]))

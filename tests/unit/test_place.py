@@ -1,0 +1,143 @@
+"""The folders and links of injected shims' sockets."""
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ramlock import place, procfs
+from ramlock.errors import UsageError
+from ramlock.place import Place
+from tests.conftest import absent
+
+DEAD = 2**22 + 1
+"""Above the largest pid."""
+
+
+@pytest.fixture
+def ours() -> procfs.Process:
+    return procfs.read(os.getpid())
+
+
+@pytest.fixture
+def nobodys() -> Iterator[procfs.Process]:
+    """A process of another user."""
+    if os.getuid() != 0:
+        absent("only root can start a process of another user")
+    with subprocess.Popen(["sleep", "60"], user=65534, group=65534) as process:
+        yield procfs.read(process.pid)
+        process.kill()
+
+
+def test_ones_own_has_the_usual_place(ours: procfs.Process) -> None:
+    assert place.choose(ours, None) == Place(None, False)
+
+
+def test_another_users_has_its_own_folder(nobodys: procfs.Process) -> None:
+    assert place.choose(nobodys, None) == Place(f"/run/ramlock/{nobodys.pid}/sock", True)
+
+
+@pytest.mark.parametrize("wanted", ["relative", "", "/with\nline", "/" + "x" * 107])
+def test_no_path_of_a_socket(ours: procfs.Process, wanted: str) -> None:
+    with pytest.raises(UsageError):
+        place.choose(ours, wanted)
+    assert place.choose(ours, "/" + "x" * 106) == Place("/" + "x" * 106, False)
+
+
+def test_a_folder_is_made_and_removed(nobodys: procfs.Process) -> None:
+    chosen = place.choose(nobodys, None)
+    folder = Path(f"/run/ramlock/{nobodys.pid}")
+    try:
+        for shared, mode in ((False, 0o700), (True, 0o711), (False, 0o700)):
+            place.prepare(nobodys, chosen, shared=shared)
+            assert (folder.stat().st_uid, folder.stat().st_mode & 0o777) == (65534, mode)
+        place.link(nobodys, chosen)
+        link = Path(f"/run/ramlock/{nobodys.pid}.sock")
+        assert os.readlink(link) == f"{folder}/sock"
+        assert place.linked(nobodys) is None
+    finally:
+        place.remove(nobodys)
+    assert not folder.exists()
+    assert not link.is_symlink()
+    place.remove(nobodys)  # once more is no error
+
+
+def test_a_link_remembers_the_place(ours: procfs.Process, tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        absent("only root leaves a link")
+    place.link(ours, Place("/elsewhere.sock", False), run=tmp_path)
+    place.link(ours, Place("/elsewhere.sock", False), run=tmp_path)
+    assert place.linked(ours, run=tmp_path) == "/elsewhere.sock"
+    assert place.from_here(ours, "/elsewhere.sock", run=tmp_path) == "/elsewhere.sock"
+
+
+def test_only_the_dead_are_swept(tmp_path: Path) -> None:
+    living = os.getpid()
+    for pid in (DEAD, living):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / f"{pid}.sock").symlink_to(f"{pid}/sock")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(tmp_path / f"{pid}/sock"))
+    (tmp_path / str(DEAD + 1)).mkdir()
+    (tmp_path / str(DEAD + 1) / "precious").touch()
+    (tmp_path / f"{DEAD + 2}.sock").write_text("a file that is no socket")
+    (tmp_path / str(DEAD + 3)).symlink_to(tmp_path / str(living))
+    (tmp_path / "other.sock").touch()
+    (tmp_path / f"{DEAD}.books").touch()
+    place.sweep(run=tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    kept = {str(living), f"{living}.sock", str(DEAD + 1), f"{DEAD + 2}.sock", str(DEAD + 3), "other.sock"}
+    assert left == kept
+    assert (tmp_path / str(living) / "sock").exists()
+
+
+def test_who_still_listens_is_not_swept(tmp_path: Path) -> None:
+    """Its pid may be one of another namespace."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / f"{DEAD}.sock"))
+        server.listen()
+        place.sweep(run=tmp_path)
+        assert (tmp_path / f"{DEAD}.sock").exists()
+    place.sweep(run=tmp_path)
+    assert not (tmp_path / f"{DEAD}.sock").exists()
+    place.sweep(run=tmp_path / "nothing")
+
+
+def test_users_of_another_namespace(tmp_path: Path) -> None:
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9/uid_map").write_text("         0     100000      65536\n     65536       1000          1\n")
+    (tmp_path / "sys/kernel").mkdir(parents=True)
+    (tmp_path / "sys/kernel/overflowuid").write_text("65534\n")
+    assert place.uid_inside(100005, 9, tmp_path) == 5
+    assert place.uid_inside(1000, 9, tmp_path) == 65536
+    assert place.uid_inside(0, 9, tmp_path) == 65534
+    assert place.uid_inside(7, 10, tmp_path) == 7
+    assert place.uid_inside(os.getuid(), os.getpid()) == os.getuid()
+
+
+def test_a_folder_of_anothers_is_not_given_away(nobodys: procfs.Process, tmp_path: Path) -> None:
+    """In a root where that user may do as it likes, nothing is made its own that it put there."""
+    code = "import os, sys; os.chroot(sys.argv[1]); os.setgid(65534); os.setuid(65534); print(flush=True); input()"
+    run = tmp_path / "run/ramlock"
+    run.mkdir(parents=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        target = procfs.read(process.pid)
+        secret = tmp_path / "secret"
+        secret.mkdir()
+        (run / str(process.pid)).symlink_to("/secret")
+        with pytest.raises(Exception, match="no folder for the control socket"):
+            place.prepare(target, place.choose(target, None), shared=False)
+        assert secret.stat().st_uid == 0
+        (run / str(process.pid)).unlink()
+        place.prepare(target, place.choose(target, None), shared=False)
+        assert (run / str(process.pid)).stat().st_uid == 65534
+        process.kill()
