@@ -2,6 +2,7 @@
 /* The books of the lock thread. Pure: no threads, no system calls. */
 #include "books.h"
 
+#include <errno.h>
 #include <string.h>
 
 bool books_full(const struct books *b)
@@ -65,6 +66,31 @@ void books_keep_layout(struct books *b, const struct ram_layout *l)
 		at = l->v[i].host.end;
 	}
 	books_remove(b, (struct range){ at, UINT64_MAX });
+}
+
+int books_merge(struct books *b, const struct books *other)
+{
+	struct range gap, rest;
+
+	if (b->held.n + other->held.n + b->foreign.n + other->foreign.n + b->on_fault.n + other->on_fault.n + 2 >=
+	    EXTENTS_MAX)
+		return -ENOSPC;
+	for (size_t i = 0; i < other->held.n; i++) {
+		rest = other->held.v[i];
+		extents_remove(&b->foreign, rest);
+		/* What was populated here since then stays so. */
+		for (struct range part = rest; extents_gap(&b->held, part, &gap); part.start = gap.end) {
+			struct range absent;
+
+			for (; extents_part(&other->on_fault, gap, &absent); gap.start = absent.end)
+				extents_add(&b->on_fault, absent);
+		}
+		extents_add(&b->held, rest);
+	}
+	for (size_t i = 0; i < other->foreign.n; i++)
+		extents_add(&b->foreign, other->foreign.v[i]);
+	rebuild_history(b);
+	return 0;
 }
 
 bool books_newest(const struct books *b, const struct ram_layout *l, uint64_t excess, uint64_t chunk, struct range *r,

@@ -32,6 +32,13 @@ void books_remove(struct books *b, struct range r);
 void books_keep_layout(struct books *b, const struct ram_layout *l);
 
 /*
+ * Takes over what @other, of another shim in this process, held: what was its own is ours now, also where it had been
+ * found locked, and so taken for foreign, meanwhile. The order of locking is lost. Returns 0, or -ENOSPC and changes
+ * nothing.
+ */
+int books_merge(struct books *b, const struct books *other);
+
+/*
  * The newest bytes to release: whole pages of one block, at most @excess and at most @chunk (a power of two) unless the
  * page is larger, and either all ours or all foreign, as *foreign says. Returns false when @excess is less than a page.
  */

@@ -332,7 +332,7 @@ static void ramlock_adopt(struct commands *c, struct json_object *arguments, str
 	c->look_now(c->opaque);
 	err = locker_adopt(c->locker, b, &wish);
 	if (err)
-		qmp_fail(r, NULL, err == -EBUSY ? "[busy] this shim has a guarantee already" :
+		qmp_fail(r, NULL, err == -EBUSY ? "[busy] the lock thread is at work: try again" :
 						  "[range] these are not locked parts of guest RAM");
 	else
 		r->value = json_object_new_object();

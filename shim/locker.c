@@ -661,20 +661,26 @@ static bool is_guest_ram(const struct extents *e, const struct ram_layout *layou
 
 int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish)
 {
+	uint64_t deadline = now_ns() + REMOVE_WAIT_NS;
 	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
 	int err = 0;
 
 	pthread_mutex_lock(&l->mutex);
-	if (l->books.held.total || l->wish.all || l->wish.lock_ram_size)
-		err = -EBUSY;
-	else if (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||
-		 !is_guest_ram(&books->foreign, &l->layout, &books->held) ||
-		 !is_guest_ram(&books->on_fault, &l->layout, &books->held) ||
-		 vm_locked < (int64_t)books_in_vm_locked(books, &l->layout))
+	l->layout_generation++; /* the step in flight is the last of its plan */
+	while (range_size(l->in_flight) && !err)
+		err = wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
+	if (!err && (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||
+		     !is_guest_ram(&books->foreign, &l->layout, &books->held) ||
+		     !is_guest_ram(&books->on_fault, &l->layout, &books->held) ||
+		     vm_locked < (int64_t)books_in_vm_locked(books, &l->layout)))
 		err = -EINVAL;
+	if (!err && books_merge(&l->books, books))
+		err = -EBUSY;
 	if (!err) {
-		l->books = *books;
-		accept_wish(l, wish);
+		/* A wish that came meanwhile is the newer one. */
+		const struct wish newer = l->wish;
+
+		accept_wish(l, newer.all || newer.lock_ram_size ? &newer : wish);
 	}
 	pthread_mutex_unlock(&l->mutex);
 	return err;

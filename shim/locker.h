@@ -122,8 +122,9 @@ void locker_stop(struct locker *l);
 void locker_give(const struct locker *l, struct books *books, struct wish *wish);
 
 /*
- * Takes over from another shim in this process what it held and wished for, as it was. Returns 0, -EBUSY when something
- * is held or wished for here already, or -EINVAL when @books is not about locked guest RAM; then nothing has changed.
+ * Takes over from another shim in this process what it held, and what it wished for unless there is a wish here already,
+ * which is newer. Returns 0, -EINVAL when @books is not about locked guest RAM, or -EBUSY when it does not fit now; then
+ * nothing has changed.
  */
 int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish);
 

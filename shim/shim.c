@@ -311,7 +311,7 @@ static void eject(struct shim *s)
 static void *control_run(void *arg)
 {
 	struct shim *s = arg;
-	int err;
+	int err = 0;
 
 	prctl(PR_SET_NAME, "ramlock-ctl");
 	if (s->injected) {
@@ -322,11 +322,17 @@ static void *control_run(void *arg)
 	stepper_open(&s->locker.stepper, "");
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
-		control_bind(&s->control, warn); /* without a socket the launch guarantee still holds */
+		err = control_bind(&s->control, warn); /* without a socket a launch guarantee still holds */
 	pthread_mutex_unlock(&s->binding);
-	err = start_thread(locker_run, &s->locker, &s->lock_thread);
+	s->halted = true;
+	if (!err || !s->injected) {
+		err = start_thread(locker_run, &s->locker, &s->lock_thread);
+		s->halted = err;
+		if (err)
+			warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
+	}
 	if (err) {
-		warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
+		eject(s); /* what cannot be reached, or cannot work, is not to stay: so that it can be injected again */
 		return NULL;
 	}
 	do {
@@ -374,6 +380,7 @@ static int start(struct shim *s)
 	if (!err)
 		err = start_thread(control_run, s, NULL);
 	if (err) {
+		control_deinit(&s->control);
 		atomic_store(&s->active, false);
 		warn("cannot start: %s; this VM has no guarantee", strerror(-err));
 	}
@@ -480,6 +487,7 @@ __attribute__((visibility("default"))) int ramlock_start(const char *config)
 		return -ENOMEM;
 	follows_forks = true;
 	s->injected = true;
+	s->started_ns = 0;
 	err = start(s);
 	s->started_ns = now_ns();
 	return err;

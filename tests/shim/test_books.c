@@ -111,6 +111,27 @@ static void an_unplugged_block_leaves_the_books(void)
 	check_history();
 }
 
+static void what_another_shim_held_is_taken_over(void)
+{
+	static struct books other;
+
+	begin();
+	memset(&other, 0, sizeof(other));
+	books_add(&other, pages(0, 50), false, false);
+	books_add(&other, pages(100, 50), false, true);
+	books_add(&other, pages(200, 10), true, false);
+	/* Here, meanwhile: found a part of it locked, and populated another part. */
+	books_add(&books, pages(10, 10), true, false);
+	books_add(&books, pages(140, 20), false, false);
+	books_add(&books, pages(205, 5), true, false);
+	CHECK_EQ(books_merge(&books, &other), 0);
+	CHECK_EQ(books.held.total, (50 + 60 + 10) * PAGE);
+	CHECK_EQ(books.foreign.total, 10 * PAGE);
+	CHECK_EQ(extents_overlap(&books.foreign, pages(0, 50)), 0);
+	CHECK_EQ(books.on_fault.total, 40 * PAGE);
+	check_history();
+}
+
 static void random_work(void)
 {
 	struct range r;
@@ -137,4 +158,4 @@ static void random_work(void)
 }
 
 CHECK_MAIN(CASE(the_newest_goes_first), CASE(ours_and_foreign_are_told_apart), CASE(a_step_stays_within_a_block),
-	   CASE(an_unplugged_block_leaves_the_books), CASE(random_work))
+	   CASE(an_unplugged_block_leaves_the_books), CASE(what_another_shim_held_is_taken_over), CASE(random_work))
