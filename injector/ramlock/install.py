@@ -62,6 +62,8 @@ class Options:
     upgrade: bool = False
     owner: int | None = None
     """The user who may always connect; None: we."""
+    allow_seccomp: bool = False
+    """Whether filters that are not QEMU's own are no reason to refuse."""
 
 
 class Outcome(NamedTuple):
@@ -93,7 +95,7 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
     with ExitStack() as stack:
         process, vm = _existing(stack, pid, options)
         if vm is None:
-            report = preflight.look(pid, environ, options.socket)
+            report = preflight.look(pid, environ, options.socket, allow_seccomp=options.allow_seccomp)
             report.require()
             place.sweep()
             plan = _plan(report)
@@ -199,7 +201,7 @@ def _plan_upgrade(
         allow_uid=int(allowed) if options.allow_uid is None and allowed.isdecimal() else options.allow_uid,
         owner=process.uids[0] if facts.get("entry") == "preloaded" else None,
     )
-    report = preflight.look(process.pid, environ, kept.socket)
+    report = preflight.look(process.pid, environ, kept.socket, allow_seccomp=options.allow_seccomp)
     report.require()
     plan = _plan(report)
     # Shims that were ejected stay loaded; one that does not say where it is was most likely the last to come.

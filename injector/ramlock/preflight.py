@@ -20,6 +20,8 @@ from ramlock.text import printable
 T = TypeVar("T")
 _INSTEAD = "start the VM with ramlock run instead"
 _THREAD = "ramlock-ctl"
+_SANDBOX_FILTERS = 1
+"""Seccomp filters that QEMU's -sandbox installs, whatever it is told to deny."""
 
 
 class Check(NamedTuple):
@@ -61,18 +63,36 @@ class _Stop(Exception):
     """A check failed without which the following make no sense."""
 
 
-def look(pid: int, environ: Mapping[str, str], socket: str | None = None, proc: Path = procfs.PROC) -> Preflight:
-    """Run every check on `pid`; `environ` is ours, `socket` the place that the user wants. Never refuses."""
+def look(
+    pid: int,
+    environ: Mapping[str, str],
+    socket: str | None = None,
+    proc: Path = procfs.PROC,
+    *,
+    allow_seccomp: bool = False,
+) -> Preflight:
+    """Run every check on `pid`; `environ` is ours, `socket` the place that the user wants. Never refuses.
+
+    With `allow_seccomp` the user answers for the filters on the process.
+    """
     report = Preflight(pid)
     try:
         with ExitStack() as stack:
-            _look(report, stack, environ, socket, proc)
+            _look(report, stack, environ, socket, proc, allow_seccomp=allow_seccomp)
     except _Stop:
         pass
     return report
 
 
-def _look(report: Preflight, stack: ExitStack, environ: Mapping[str, str], socket: str | None, proc: Path) -> None:
+def _look(
+    report: Preflight,
+    stack: ExitStack,
+    environ: Mapping[str, str],
+    socket: str | None,
+    proc: Path,
+    *,
+    allow_seccomp: bool,
+) -> None:
     pid = report.pid
 
     def check(name: str, question: Callable[[], tuple[T, str]], *, needed: bool = True) -> T | None:
@@ -90,6 +110,7 @@ def _look(report: Preflight, stack: ExitStack, environ: Mapping[str, str], socke
     check("qemu", lambda: _qemu(process, proc))
     check("running", lambda: _running(process), needed=False)
     check("not-traced", lambda: _not_traced(process, proc), needed=False)
+    check("seccomp", lambda: _seccomp(process, proc, allowed=allow_seccomp), needed=False)
     check("architecture", lambda: _architecture(process, proc))
     target = _must(check("rights", lambda: _rights(process, stack, proc)))
     maps = target.maps()
@@ -155,6 +176,26 @@ def _not_traced(process: procfs.Process, proc: Path) -> tuple[None, str]:
             who = ()
         raise AlreadyTraced(process.pid, tracer, printable(who[0], 80) if who else "")
     return None, "nobody traces it"
+
+
+def _seccomp(process: procfs.Process, proc: Path, *, allowed: bool) -> tuple[None, str]:
+    """QEMU's own sandbox lets through all that the shim does; of another filter nobody knows, and it may kill QEMU."""
+    mode, count = procfs.seccomp(process.pid, proc)
+    if mode == 0:
+        return None, "no seccomp filter"
+    own = procfs.sandboxed(process.cmdline)
+    if own and count == _SANDBOX_FILTERS:
+        return None, "QEMU's own sandbox"
+    if allowed:
+        return None, "a seccomp filter, which was allowed"
+    if count is None:
+        what = "the kernel does not say how many seccomp filters are on it, so one may be another's than QEMU's own"
+    else:
+        what = f"seccomp filters on it that are not QEMU's own ({count - _SANDBOX_FILTERS if own else count})"
+    raise CannotInject(
+        f"process {process.pid} may be killed by what the shim does: {what}",
+        f"{_INSTEAD}, or use --allow-seccomp if you know that the filter allows mlock2, munlock, madvise, and threads",
+    )
 
 
 def _architecture(process: procfs.Process, proc: Path) -> tuple[None, str]:

@@ -128,6 +128,33 @@ def tracer(pid: int, proc: Path = PROC) -> int:
     return int(_status(_bytes(proc / str(pid) / "status")).get("TracerPid", "0"))
 
 
+def seccomp(pid: int, proc: Path = PROC) -> tuple[int, int | None]:
+    """Return the seccomp mode of `pid` (0 is none) and the number of its filters; None where the kernel does not say.
+
+    Raises NotFound when there is no such process.
+    """
+    try:
+        status = _status(_bytes(proc / str(pid) / "status"))
+    except OSError:
+        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+    count = status.get("Seccomp_filters")
+    return int(status.get("Seccomp", "0")), None if count is None else int(count)
+
+
+def sandboxed(cmdline: tuple[str, ...]) -> bool:
+    """Tell whether a QEMU command line asks for QEMU's own sandbox; the last word counts."""
+    result = False
+    for option, value in itertools.pairwise(cmdline):
+        if option in ("-sandbox", "--sandbox"):
+            for index, part in enumerate(_split_options(value)):
+                key, equals, rest = part.partition("=")
+                if equals and key == "enable":
+                    result = rest in ("on", "yes", "true", "y")
+                elif not equals and index == 0:
+                    result = part == "on"
+    return result
+
+
 def threads(pid: int, proc: Path = PROC) -> list[str]:
     """Return the names of the threads of `pid`; none when it has ended."""
     names = []

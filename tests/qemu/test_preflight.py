@@ -29,6 +29,7 @@ CHECKS = [
     "qemu",
     "running",
     "not-traced",
+    "seccomp",
     "architecture",
     "rights",
     "dynamic",
@@ -316,3 +317,51 @@ def test_a_hostile_root(tmp_path: Path) -> None:
         (tmp_path / "run").symlink_to(outside)
         guest.check_unharmed()
         assert list(outside.iterdir()) == []
+
+
+FILTER = """
+import ctypes, os, struct, sys
+deny = int(sys.argv[1])
+# Load the number of the system call; kill the process when it is the forbidden one; else allow it.
+code = struct.pack("=" + "HBBI" * 4, 0x20, 0, 0, 0, 0x15, 0, 1, deny, 0x06, 0, 0, 0x80000000, 0x06, 0, 0, 0x7FFF0000)
+buffer = ctypes.create_string_buffer(code, len(code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(buffer)))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+assert prctl(38, 1, 0, 0, 0) == 0
+assert prctl(22, 2, program) == 0, os.strerror(ctypes.get_errno())
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Puts a seccomp filter on itself that kills at one system call, and becomes QEMU."""
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+MLOCK2, ACCT = 325, 163
+
+
+def filtered(number: int, *args: str) -> Guest:
+    return Guest(how="plain", prepare=(sys.executable, "-c", FILTER, str(number)), args=args)
+
+
+@pytest.mark.parametrize("args", [(), ("-sandbox", SANDBOX)], ids=["alone", "with-qemus-own"])
+def test_somebody_elses_seccomp_filter(args: tuple[str, ...]) -> None:
+    """It would kill QEMU by SIGSYS."""
+    with filtered(MLOCK2, *args) as guest:
+        result = ramlock("inject", "--pid", guest.pid, "--guarantee", "4M")
+        assert_refused(result, 4)
+        assert "--allow-seccomp" in result.stderr
+        assert "not QEMU's own (1)" in result.stderr
+        guest.check_unharmed()
+
+
+@pytest.mark.parametrize("args", [(), ("-sandbox", SANDBOX)], ids=["alone", "with-qemus-own"])
+def test_a_seccomp_filter_that_the_user_answers_for(args: tuple[str, ...]) -> None:
+    with filtered(ACCT, *args) as guest:
+        result = ramlock("inject", "--pid", guest.pid, "--guarantee", "4M", "--allow-seccomp")
+        assert result.returncode == 0, result.stderr
+        guest.check_unharmed()
+
+
+@pytest.mark.parametrize("value", ["on", SANDBOX, "enable=on,spawn=deny"])
+def test_qemus_own_sandbox_is_no_reason(value: str) -> None:
+    with Guest(how="plain", args=["-sandbox", value]) as guest:
+        result = ramlock("preflight", "--pid", guest.pid)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "QEMU's own sandbox" in result.stdout

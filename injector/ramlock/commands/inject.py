@@ -44,6 +44,11 @@ def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None
     metavar="SECONDS",
     help="How long to wait for QEMU's main thread to be idle.",
 )
+@click.option(
+    "--allow-seccomp",
+    is_flag=True,
+    help="Also under a seccomp filter that is not QEMU's own; one that forbids what the shim does kills the VM.",
+)
 @click.option("--upgrade", is_flag=True, help="Replace a shim of another version; what is locked stays locked.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; times in µs.")
 @click.option("--list-steps", is_flag=True, hidden=True, is_eager=True, expose_value=False, callback=_list_steps)
@@ -57,6 +62,7 @@ def command(
     prefault: bool | None,
     wait: bool,
     timeout: float,
+    allow_seccomp: bool,
     upgrade: bool,
     as_json: bool,
 ) -> None:
@@ -77,7 +83,7 @@ def command(
     from ramlock import install  # takes libraries that --help need not
 
     target = which_pid(pid, vm, vms.find_pid)
-    options = install.Options(socket, allow_uid, timeout, upgrade)
+    options = install.Options(socket, allow_uid, timeout, upgrade, allow_seccomp=allow_seccomp)
     with install.installed(target, options, os.environ) as (found, outcome):
         now: Any = None
         if size is not None:
