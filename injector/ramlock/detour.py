@@ -11,12 +11,13 @@ Two detours cannot meet: code is written only while the one thread that could ru
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import gc
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ramlock import elf, x86_64
+from ramlock import elf, procfs, x86_64
 from ramlock.deadline import Deadline
 from ramlock.errors import CannotInject, NeverParked
 from ramlock.memory import Mapping, Memory, Object, Symbol
@@ -25,8 +26,11 @@ from ramlock.tracee import NotStopped, Registers, Tracee
 
 STOP_TIMEOUT = 0.05
 """Seconds that a thread may take to stop; one that is in the kernel for longer is not parked."""
-STACK_NEEDED = 128 << 10
+STACK_NEEDED = 64 << 10
 """Bytes of stack that loading a library may take; measured below 20 KiB."""
+_PAGE = 4096
+_GUARD = 1 << 20
+"""Bytes that the kernel keeps free between a growing stack and what is below it (stack_guard_gap)."""
 MARK = b"ramlock's code\0\0"
 """What stands before our code in a process: where it is found the room is ours, whatever version left it."""
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.002, 0.05
@@ -52,6 +56,10 @@ class Target(NamedTuple):
     entries: x86_64.Entries
     code_at: int
     """Where our code goes."""
+
+
+class _NoStack(Exception):
+    """Where the thread sleeps it has too little stack left for the detour."""
 
 
 Build = Callable[[Target, Registers, int], x86_64.Frame]
@@ -131,11 +139,24 @@ def find_room(memory: Memory, maps: list[Mapping], holders: tuple[Object, ...], 
     raise CannotInject(f"there is no unused room in the code of process {memory.pid}", _INSTEAD)
 
 
-def send(memory: Memory, program: Object, code: Code, entry: int, build: Build, timeout: float) -> Detour:
+def _nothing() -> None:
+    pass
+
+
+def send(
+    memory: Memory,
+    program: Object,
+    code: Code,
+    entry: int,
+    build: Build,
+    timeout: float,
+    committed: Callable[[], None] = _nothing,
+) -> Detour:
     """Wait until the main thread is parked, at most `timeout` seconds, and send it to the code at offset `entry`.
 
     When this returns, the thread is on its way. Raises NeverParked, CannotInject, AlreadyTraced, NoPermission,
-    NotFound or VmGone; then nothing was altered.
+    NotFound or VmGone; then nothing was altered. `committed` is called when the thread is on its way: of an exception
+    by a signal handler, such as KeyboardInterrupt, nobody could tell otherwise.
     """
     maps = memory.maps()
     target = find_target(memory, maps, program, code)
@@ -144,8 +165,18 @@ def send(memory: Memory, program: Object, code: Code, entry: int, build: Build, 
     attempts = 0
     while True:
         attempts += 1
-        if looks_parked(memory.pid, target.ppoll) and (done := _attempt(memory, maps, target, code, entry, build)):
-            return Detour(attempts, *done)
+        deep = False
+        if looks_parked(memory.pid, target.ppoll):
+            try:
+                if done := _attempt(memory, maps, target, code, entry, build, committed):
+                    return Detour(attempts, *done)
+            except _NoStack:
+                deep = True
+        if deadline.expired and deep:
+            raise CannotInject(
+                f"the main thread of process {memory.pid} has too little stack left",
+                "a larger stack limit (ulimit -s) helps when the VM is started again; or " + _INSTEAD,
+            )
         if deadline.expired:
             raise NeverParked(
                 f"the main thread of process {memory.pid} was never seen idle in {timeout:g} s, so nothing was done",
@@ -169,16 +200,26 @@ def looks_parked(pid: int, ppoll: Symbol) -> bool:
 
 
 def _attempt(
-    memory: Memory, maps: list[Mapping], target: Target, code: Code, entry: int, build: Build
+    memory: Memory,
+    maps: list[Mapping],
+    target: Target,
+    code: Code,
+    entry: int,
+    build: Build,
+    committed: Callable[[], None],
 ) -> tuple[int, float] | None:
     """Stop the thread; when it is parked, send it off. Returns None when it was not.
 
-    QEMU's main thread waits for us here, so nothing slow is done, and no garbage collected.
+    QEMU's main thread waits for us here, so nothing slow is done, no garbage collected, and no signal taken: one that
+    stopped us would stop QEMU too.
     """
+    limit = procfs.stack_limit(memory.pid)
+    thread = Tracee(memory.pid)
     collects = gc.isenabled()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     gc.disable()
     try:
-        with Tracee(memory.pid) as thread:
+        with thread:
             begun = time.monotonic_ns()
             try:
                 thread.stop(STOP_TIMEOUT)
@@ -193,8 +234,8 @@ def _attempt(
             ):
                 return None
             frame = build(target, regs, thread.xstate_size())
-            if not _has_stack(maps, frame):
-                return None
+            if not _has_stack(maps, frame, limit):
+                raise _NoStack
             step("write-code")
             try:
                 memory.write(target.code_at, code.data)
@@ -204,7 +245,10 @@ def _attempt(
             step("write-frame")
             memory.write(frame.address, frame.data)
             step("write-frame-done")
+            if procfs.stopping(memory.pid):
+                return None
             thread.set_registers(x86_64.go_to(regs, target.code_at + entry, frame.address))
+            committed()
             thread.release()
             return begun, (time.monotonic_ns() - begun) / 1000
     except OSError as error:
@@ -215,6 +259,12 @@ def _attempt(
     finally:
         if collects:
             gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if thread.lost:  # seized again it would be stopped for as long as we wait
+            raise NeverParked(
+                f"the main thread of process {memory.pid} is in the kernel and does not come back, so nothing was done",
+                "QEMU waits for a disk or for memory; try again later",
+            )
 
 
 def _objects(maps: list[Mapping]) -> list[Mapping]:
@@ -231,12 +281,21 @@ def _inside(symbol: Symbol, address: int) -> bool:
     return symbol.address < address <= symbol.address + symbol.size
 
 
-def _has_stack(maps: list[Mapping], frame: x86_64.Frame) -> bool:
-    """Whether the thread is on the process's own stack, which grows by itself, or has enough of another one.
+def _has_stack(maps: list[Mapping], frame: x86_64.Frame, limit: int | None) -> bool:
+    """Whether the thread has enough stack: mapped already, or of the process's own, which grows up to `limit` bytes.
 
     `maps` is from before the stop: reading it takes longer than all that is done there.
     """
+    lowest = (frame.address - STACK_NEEDED) & -_PAGE
+    below = 0
     for mapping in maps:
         if mapping.writable and mapping.holds(frame.address, frame.end):
-            return mapping.path == "[stack]" or frame.address - mapping.start >= STACK_NEEDED
+            if lowest >= mapping.start:
+                return True
+            return (
+                mapping.path == "[stack]"
+                and (limit is None or mapping.end - lowest <= limit)
+                and mapping.start - below >= _GUARD + STACK_NEEDED
+            )
+        below = mapping.end
     return False

@@ -113,18 +113,39 @@ class Memory:
         return mappings
 
     def read(self, address: int, size: int) -> bytes:
-        """Read exactly `size` bytes. Raises OSError when they are not all there."""
+        """Read exactly `size` bytes. Raises OSError when they are not all there, VmGone when nothing is any more."""
         if not 0 <= address < 1 << 63:
             raise OSError(errno.EFAULT, "no address")
-        data = os.pread(self._fd, size, address)
+        try:
+            data = os.pread(self._fd, size, address)
+        except OSError:
+            self._check()
+            raise
         if len(data) != size:
-            raise OSError(0, "short read of process memory")
+            self._check()
+            raise OSError(errno.EIO, "short read of process memory")
         return data
 
     def write(self, address: int, data: bytes) -> None:
-        """Write all of `data`, also where the process itself may not. Raises OSError."""
-        if os.pwrite(self._fd, data, address) != len(data):
-            raise OSError(0, "short write of process memory")
+        """Write all of `data`, also where the process itself may not. Raises OSError or VmGone."""
+        try:
+            written = os.pwrite(self._fd, data, address)
+        except OSError:
+            self._check()
+            raise
+        if written != len(data):
+            self._check()
+            raise OSError(errno.EIO, "short write of process memory")
+
+    def _check(self) -> None:
+        """Raise VmGone when the process has no memory any more."""
+        try:
+            with open(self._folder / "maps", "rb") as file:
+                alive = bool(file.read(1))
+        except OSError:
+            alive = False
+        if not alive:
+            raise VmGone("the VM ended while ramlock looked at it", "nothing is left to do")
 
     def integer(self, address: int) -> int:
         """Read a 64-bit unsigned number."""

@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -101,11 +102,23 @@ def memlock_limit(pid: int, proc: Path = PROC) -> tuple[int | None, int | None]:
 
     Raises NotFound when there is no such process.
     """
+    return _limit(pid, "Max locked memory", proc)
+
+
+def stack_limit(pid: int, proc: Path = PROC) -> int | None:
+    """Return the soft RLIMIT_STACK of `pid` in bytes; None is unlimited.
+
+    Raises NotFound when there is no such process.
+    """
+    return _limit(pid, "Max stack size", proc)[0]
+
+
+def _limit(pid: int, name: str, proc: Path) -> tuple[int | None, int | None]:
     try:
         text = _bytes(proc / str(pid) / "limits").decode("ascii", "replace")
     except OSError:
         raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
-    match = re.search(r"^Max locked memory\s+(\S+)\s+(\S+)", text, re.MULTILINE)
+    match = re.search(rf"^{name}\s+(\S+)\s+(\S+)", text, re.MULTILINE)
     if match is None:
         return None, None
     soft, hard = (None if word == "unlimited" else int(word) for word in match.groups())
@@ -153,6 +166,19 @@ def sandboxed(cmdline: tuple[str, ...]) -> bool:
                 elif not equals and index == 0:
                     result = part == "on"
     return result
+
+
+def stopping(pid: int, proc: Path = PROC) -> bool:
+    """Tell whether a signal has stopped `pid` or is about to, also while its main thread is traced."""
+    try:
+        status = _status(_bytes(proc / str(pid) / "status"))
+        if int(status.get("ShdPnd", "0"), 16) & 1 << signal.SIGSTOP - 1:
+            return True
+        # A stop that has begun shows in every other thread.
+        other = next((tid for tid in os.listdir(proc / str(pid) / "task") if tid != str(pid)), None)
+        return other is not None and b") T" in _bytes(proc / str(pid) / "task" / other / "stat")
+    except OSError:
+        return False
 
 
 def threads(pid: int, proc: Path = PROC) -> list[str]:

@@ -9,7 +9,9 @@ that dies leaves the thread running (ptrace(2)).
 import ctypes
 import errno
 import os
+import signal
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +19,7 @@ from ptrace.binding import func
 from ptrace.binding.linux_struct import user_regs_struct
 from ptrace.error import PtraceError
 
-from ramlock.errors import AlreadyTraced, NoPermission, NotFound, VmGone
+from ramlock.errors import AlreadyTraced, CannotInject, NoPermission, NotFound, VmGone
 from ramlock.teststeps import step
 
 
@@ -45,7 +47,8 @@ class Tracee:
         self.tid = tid
         self._seized = False
         self._stopped = False
-        self._signal = 0
+        self.lost = False
+        """Whether it could not be let go: it is in the kernel for long, and stops there until this process ends."""
         self._xstate = ctypes.create_string_buffer(_XSTATE_MOST)  # made here: there it would keep the thread waiting
 
     def __enter__(self) -> Self:
@@ -65,8 +68,8 @@ class Tracee:
         step("ptrace-seize")
         try:
             self._ptrace(_SEIZE)
-        except PtraceError as error:
-            if error.errno == errno.ESRCH:
+        except OSError as error:
+            if error.errno == errno.ESRCH or _has_ended(self.tid):
                 raise NotFound(f"there is no process {self.tid}", "see the running VMs with: pgrep -a qemu") from None
             if tracer := _tracer_of(self.tid):
                 raise AlreadyTraced(self.tid, tracer) from None
@@ -79,7 +82,8 @@ class Tracee:
     def stop(self, timeout: float) -> None:
         """Stop the thread with PTRACE_INTERRUPT and wait for it, at most `timeout` seconds.
 
-        A signal that arrives first is delivered, and waited out. Raises NotStopped or VmGone.
+        A signal that arrives first is delivered, and waited out. Raises NotStopped, VmGone, or CannotInject when a
+        signal has stopped the whole process.
         """
         step("ptrace-interrupt")
         self._ptrace(_INTERRUPT)
@@ -98,7 +102,11 @@ class Tracee:
                 raise VmGone("the VM ended while ramlock looked at it", "nothing is left to do")
             if status >> 16 == _EVENT_STOP:
                 self._stopped = True
-                self._signal = 0
+                if os.WSTOPSIG(status) != signal.SIGTRAP:  # a group-stop: ours waits behind it
+                    raise CannotInject(
+                        f"process {self.tid} was stopped by a signal just now, so nothing was done",
+                        f"continue it first: kill -CONT {self.tid}",
+                    )
                 return
             # A signal on its way to the thread: hand it on at once, and wait for our own stop.
             self._ptrace(func.PTRACE_CONT, 0, os.WSTOPSIG(status))
@@ -121,15 +129,12 @@ class Tracee:
 
         For kernels that forbid to write to code through /proc/PID/mem. Raises OSError.
         """
-        try:
-            for at in range(0, len(data), 8):
-                word = data[at : at + 8]
-                if len(word) < 8:
-                    there = self._ptrace(func.PTRACE_PEEKDATA, address + at) & (1 << 64) - 1
-                    word += int(there).to_bytes(8, "little")[len(word) :]
-                self._ptrace(func.PTRACE_POKEDATA, address + at, int.from_bytes(word, "little"))
-        except PtraceError as error:
-            raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from None
+        for at in range(0, len(data), 8):
+            word = data[at : at + 8]
+            if len(word) < 8:
+                there = self._ptrace(func.PTRACE_PEEKDATA, address + at) & (1 << 64) - 1
+                word += int(there).to_bytes(8, "little")[len(word) :]
+            self._ptrace(func.PTRACE_POKEDATA, address + at, int.from_bytes(word, "little"))
 
     def xstate_size(self) -> int:
         """Return the bytes that XSAVE needs here for everything that this CPU and kernel have switched on."""
@@ -145,11 +150,14 @@ class Tracee:
         try:
             if not self._stopped:
                 # Only a stopped thread can be detached. One that does not stop is detached when we end.
-                self.stop(timeout=1.0)
+                with suppress(CannotInject):
+                    self.stop(timeout=1.0)
             step("ptrace-detach")
-            self._ptrace(func.PTRACE_DETACH, 0, self._signal)
+            self._ptrace(func.PTRACE_DETACH)  # a group-stop goes on
             step("ptrace-detach-done")
-        except (PtraceError, NotStopped, VmGone):
+        except NotStopped:
+            self.lost = True
+        except (OSError, VmGone):
             return
         finally:
             self._seized = self._stopped = False
@@ -162,7 +170,21 @@ class Tracee:
             raise VmGone("the VM ended while ramlock looked at it", "nothing is left to do") from None
 
     def _ptrace(self, request: int, address: int = 0, data: int = 0) -> Any:
-        return func.ptrace(request, self.tid, address, data)
+        """Raises VmGone when a thread that we have seized is no more, else OSError."""
+        try:
+            return func.ptrace(request, self.tid, address, data)
+        except PtraceError as error:
+            if error.errno == errno.ESRCH and request != _SEIZE:
+                raise VmGone("the VM ended while ramlock looked at it", "nothing is left to do") from None
+            raise OSError(error.errno, os.strerror(error.errno or errno.EIO)) from None
+
+
+def _has_ended(tid: int) -> bool:
+    try:
+        with open(f"/proc/{tid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except (OSError, IndexError):
+        return True
 
 
 def _tracer_of(tid: int) -> int:

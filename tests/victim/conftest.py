@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -77,10 +77,13 @@ def connect(path: Path, timeout: float) -> socket.socket:
 class Victim:
     """A running victim.c, asleep in ppoll() until it is asked."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, prepare: Sequence[str] = ()) -> None:
         self.socket = directory / "socket"
         self._process = subprocess.Popen(
-            [compile_c("victim.c", "qemu-system-victim")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            [*prepare, str(compile_c("victim.c", "qemu-system-victim"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
         )
         self.pid = self._process.pid
         self.ask("mask")  # it has begun

@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from ramlock import tracee
 from ramlock.control import Client
 from ramlock.deadline import Deadline
-from ramlock.errors import NeverParked
+from ramlock.errors import CannotInject, NeverParked, VmGone
 from tests.victim.conftest import Victim
 
 ROUNDS = 20
@@ -121,3 +123,94 @@ def test_only_the_shim_is_mapped(victim: Victim) -> None:
     assert all(path.endswith("/ramlock.so") for path in files if path.startswith("/")), files
     gone = {(m.start, m.path) for m in before if m.path.startswith("/")} - {(m.start, m.path) for m in victim.maps()}
     assert not gone
+
+
+@pytest.mark.parametrize(("size", "fits"), [(60 << 10, True), (200 << 10, False)])
+def test_the_stack_ends_at_its_limit(tmp_path: Path, size: int, fits: bool) -> None:
+    """Loading the shim where the stack cannot grow would kill by SIGSEGV."""
+    deep = Victim(tmp_path, ("sh", "-c", 'ulimit -Ss 256; exec "$@"', "sh"))
+    try:
+        deep.tell(f"deep {size}")
+        time.sleep(0.2)
+        if fits:
+            deep.inject()
+            deep.wait_injected()
+        else:
+            with pytest.raises(CannotInject, match="too little stack"):
+                deep.inject(timeout=0.3)
+        assert deep.answer() == "ok"
+        deep.ask("mask")
+    finally:
+        deep.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGTSTP])
+def test_signals_wait_until_it_is_done(victim: Victim, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A controller that is stopped or ended by a signal in between would leave the thread stopped."""
+    arrived: list[int] = []
+    seen: list[str] = []
+
+    def at(name: str) -> None:
+        seen.append(name)
+        if name == "ptrace-getregs":
+            os.kill(os.getpid(), number)
+            assert not arrived
+
+    monkeypatch.setattr("ramlock.tracee.step", at)
+    former = signal.signal(number, lambda n, _: arrived.append(n))
+    try:
+        victim.inject()
+    finally:
+        signal.signal(number, former)
+    assert arrived == [number]
+    assert "ptrace-detach-done" in seen
+    victim.wait_injected()
+
+
+@pytest.mark.parametrize("place", ["ptrace-getregs", "write-frame"])
+def test_a_stop_by_a_signal_is_not_ours(victim: Victim, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    before = victim.maps()
+    name = "ptrace-interrupt" if place == "ptrace-getregs" else place
+
+    def at(step: str) -> None:
+        if step == name:
+            os.kill(victim.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr("ramlock.tracee.step", at)
+    monkeypatch.setattr("ramlock.detour.step", at)
+    with pytest.raises((CannotInject, NeverParked)):
+        victim.inject(timeout=0.3)
+    assert victim.maps() == before
+    monkeypatch.undo()
+    os.kill(victim.pid, signal.SIGCONT)
+    victim.ask("mask")
+    victim.inject()
+    victim.wait_injected()
+
+
+@pytest.mark.parametrize(
+    "place", ["ptrace-interrupt", "ptrace-getregs", "ptrace-getregset", "write-code", "write-frame"]
+)
+def test_it_is_killed_meanwhile(victim: Victim, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def at(step: str) -> None:
+        if step == place:
+            os.kill(victim.pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    monkeypatch.setattr("ramlock.tracee.step", at)
+    monkeypatch.setattr("ramlock.detour.step", at)
+    with pytest.raises(VmGone):
+        victim.inject(timeout=1)
+
+
+def test_who_does_not_stop_is_not_seized_again(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    seized = []
+    monkeypatch.setattr(tracee.Tracee, "seize", lambda self: seized.append(setattr(self, "_seized", True)))
+    monkeypatch.setattr(tracee.Tracee, "stop", _never)
+    with pytest.raises(NeverParked, match="in the kernel"):
+        victim.inject(timeout=5)
+    assert len(seized) == 1
+
+
+def _never(self: tracee.Tracee, timeout: float) -> None:
+    raise tracee.NotStopped

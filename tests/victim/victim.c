@@ -9,8 +9,10 @@
  *   signals     how many SIGRTMIN have arrived so far
  *   mask        the signal mask, in hex
  *   spin MS     no system call for MS
+ *   deep BYTES  ppoll() for 2 s that deep in the stack; "ok"
  */
 #define _GNU_SOURCE
+#include <alloca.h>
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
@@ -172,6 +174,26 @@ static void spin(double ms)
 	printf("ok\n");
 }
 
+static void __attribute__((noinline)) touch(void)
+{
+	volatile char room[24 << 10];
+
+	for (size_t i = 0; i < sizeof(room); i += 1024)
+		room[i] = 1;
+}
+
+static void __attribute__((noinline)) deep(size_t size)
+{
+	volatile char *room = alloca(size);
+	struct timespec ts = { .tv_sec = 2 };
+
+	for (size_t i = size; i > 0; i--)
+		room[i - 1] = 1;
+	touch(); /* the frame of an injection lies in stack that was used before */
+	ppoll(NULL, 0, &ts, NULL);
+	printf("ok\n");
+}
+
 static void show_mask(void)
 {
 	sigset_t mask;
@@ -210,6 +232,8 @@ int main(void)
 			sleep_for(atof(line + 6));
 		else if (!strncmp(line, "spin ", 5))
 			spin(atof(line + 5));
+		else if (!strncmp(line, "deep ", 5))
+			deep((size_t)atol(line + 5));
 		else if (!strncmp(line, "signals", 7))
 			printf("%d\n", (int)signals);
 		else if (!strncmp(line, "mask", 4))
