@@ -11,7 +11,7 @@ from ramlock import procfs
 from ramlock.errors import NoPermission, NotFound
 
 _SYS_OPENAT2 = 437  # on every architecture: it came after the numbers were unified
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
+_RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH, _RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
 
 
 def open_root(pid: int, proc: Path = procfs.PROC) -> int:
@@ -32,17 +32,27 @@ def open_path(root: int, path: str, flags: int = os.O_PATH) -> int:
 
     With other flags than O_PATH the file may block whoever reads it: look first whether it is a regular one.
     """
+    return _openat2(root, path, flags, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+
+
+def open_entry(folder: int, name: str, flags: int = os.O_PATH) -> int:
+    """Open what `folder` itself holds under `name`: no link, and nothing that is mounted there. Raises OSError."""
+    resolve = _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV
+    return _openat2(folder, name, flags | os.O_NOFOLLOW, resolve)
+
+
+def _openat2(folder: int, path: str, flags: int, resolve: int) -> int:
     import ctypes  # costs milliseconds, and only VMs in other mount namespaces need it
 
     class OpenHow(ctypes.Structure):
         _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
-    how = OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    how = OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     libc = ctypes.CDLL(None, use_errno=True)
     fd = int(
         libc.syscall(
             ctypes.c_long(_SYS_OPENAT2),
-            ctypes.c_int(root),
+            ctypes.c_int(folder),
             ctypes.c_char_p(os.fsencode(path)),
             ctypes.byref(how),
             ctypes.c_size_t(ctypes.sizeof(how)),

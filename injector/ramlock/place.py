@@ -3,23 +3,30 @@
 In a process of root's or of our own that sees our files, the shim chooses its usual place (docs/protocol.md). For one
 of another user or with another root it gets a folder of its own, /run/ramlock/PID in the root that *it* sees, which
 belongs to its user; /run/ramlock/PID.sock of the host leads there. PID is the host's, so that no two namespaces meet.
+
+Whoever owns a user namespace mounts there what he likes, such as a folder of the host at /run/ramlock. In such a root
+nothing is done with our own rights: we act as the root of that namespace, and so do only what he could do himself.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import fcntl
 import os
 import re
 import socket
 import stat
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ramlock import endpoint, inside, procfs
-from ramlock.errors import CannotInject, NoPermission, NotFound, UsageError
+from ramlock.errors import CannotInject, NoPermission, NotFound, UsageError, VmGone
 
 RUN = Path("/run/ramlock")
 MAX_SOCKET_PATH = 107
 """Bytes of the longest path that an address of unix(7) holds."""
+_NS_GET_USERNS = 0xB701
+"""ioctl_ns(2): opens the user namespace that owns a namespace."""
 _ELSEWHERE = "name another place with --socket, as the VM's process sees it"
 
 
@@ -54,12 +61,14 @@ def prepare(process: procfs.Process, place: Place, *, shared: bool, proc: Path =
         return
     try:
         with ExitStack() as stack:
-            root = inside.open_root(process.pid, proc)
-            stack.callback(os.close, root)
-            run = _folder(stack, root, "run", 0o755)
-            ours = _folder(stack, run, "ramlock", 0o755)
-            _trust(process, ours, proc)
-            _make_own(stack, ours, process, 0o711 if shared else 0o700)
+            theirs = _look(stack, process, proc)
+            with _acting(theirs.master):
+                run = _folder(stack, theirs.root, "run", 0o755)
+                ours = _folder(stack, run, "ramlock", 0o755)
+                if theirs.is_ours:
+                    _trust(ours)
+                fd = _make_own(stack, ours, process)
+            _give(fd, process.uids[1], 0o711 if shared else 0o700)
     except OSError as error:
         raise CannotInject(
             f"no folder for the control socket can be made in the root of process {process.pid}: {error.strerror}",
@@ -92,12 +101,17 @@ def linked(process: procfs.Process, run: Path = RUN) -> str | None:
 
 def remove(process: procfs.Process, proc: Path = procfs.PROC, run: Path = RUN) -> None:
     """Take away folder and link of a process whose shim has gone. Never raises."""
-    with suppress(OSError, NoPermission, NotFound), ExitStack() as stack:
-        root = inside.open_root(process.pid, proc)
-        stack.callback(os.close, root)
-        ours = inside.open_path(root, str(RUN), os.O_PATH | os.O_DIRECTORY)
-        stack.callback(os.close, ours)
-        _remove_own(ours, str(process.pid))
+    with suppress(OSError, NoPermission, NotFound, VmGone), ExitStack() as stack:
+        theirs = _look(stack, process, proc)
+        own = str(process.pid)
+        if theirs.master is not None:
+            # The folder is of the process's user, into which the root of its namespace cannot look without privileges.
+            with suppress(OSError), _acting(theirs.master._replace(uid=process.uids[1])):
+                fd = inside.open_entry(_run(stack, theirs.root), own, os.O_PATH | os.O_DIRECTORY)
+                stack.callback(os.close, fd)
+                _unlink_socket(fd)
+        with _acting(theirs.master):
+            _remove_own(_run(stack, theirs.root), own)
     with suppress(OSError):
         name = run / f"{process.pid}.sock"
         if name.is_symlink():
@@ -140,49 +154,182 @@ def uid_inside(uid: int, pid: int, proc: Path = procfs.PROC) -> int:
         return uid
 
 
+class _Who(NamedTuple):
+    """Whose rights count."""
+
+    uid: int
+    gid: int
+
+
+class _Root(NamedTuple):
+    """The root of a process."""
+
+    root: int
+    is_ours: bool
+    """Whether a path means the same there as to us."""
+    master: _Who | None
+    """The root of the user namespace that may have arranged it, as we number users; None when only our root may."""
+
+
+def _look(stack: ExitStack, process: procfs.Process, proc: Path) -> _Root:
+    """Open the root of `process`, and learn who decides what is in there. Raises OSError when that is in doubt.
+
+    The root is opened first: a process gets into a user namespace below its own, but never back out of one.
+    """
+    pin = procfs.Pin(process.pid)
+    stack.callback(pin.close)
+    folder, self = proc / str(process.pid), proc / "self"
+    root = inside.open_root(process.pid, proc)
+    stack.callback(os.close, root)
+    mounts = os.open(folder / "ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, mounts)
+    users, our_users = _identity(os.stat(folder / "ns/user")), _identity(os.stat(self / "ns/user"))
+    maps = [(folder / name).read_text(encoding="ascii") for name in ("uid_map", "gid_map")]
+    pin.check()
+    if procfs.read(process.pid, proc).start_time != process.start_time:
+        raise OSError(0, "it is another process by now")
+    mounts_are_ours = _identity(os.fstat(mounts)) == _identity(os.stat(self / "ns/mnt"))
+    is_ours = mounts_are_ours and _identity(os.fstat(root)) == _identity(os.stat(self / "root/."))
+    if is_ours or os.geteuid() != 0:
+        return _Root(root, is_ours, None)
+    if not mounts_are_ours:
+        owner = fcntl.ioctl(mounts, _NS_GET_USERNS)
+        stack.callback(os.close, owner)
+        if _identity(os.fstat(owner)) not in (users, our_users):
+            raise OSError(0, "its mounts belong to another user namespace than it does")
+        if users == our_users and _identity(os.fstat(owner)) != our_users:
+            raise OSError(0, "its mounts belong to a user namespace that is not ours")
+    if users == our_users:
+        return _Root(root, False, None)  # real root has mounted what is there, and changed its root
+    uid, gid = (_outside(0, text) for text in maps)
+    if uid is None or gid is None or not _is_mapped(process.uids[1], maps[0]):
+        raise OSError(0, "its user namespace has no root, or not its user")
+    return _Root(root, False, _Who(uid, gid))
+
+
+def _identity(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino
+
+
+def _ranges(text: str) -> Iterator[tuple[int, int, int]]:
+    """Read a uid_map or gid_map, without what has no number among ours."""
+    for line in text.splitlines():
+        inner, outer, count = map(int, line.split())
+        if outer != 2**32 - 1:
+            yield inner, outer, count
+
+
+def _outside(inner: int, text: str) -> int | None:
+    return next((outer + inner - first for first, outer, n in _ranges(text) if first <= inner < first + n), None)
+
+
+def _is_mapped(outside: int, text: str) -> bool:
+    return any(outer <= outside < outer + count for _, outer, count in _ranges(text))
+
+
+@contextmanager
+def _acting(who: _Who | None) -> Iterator[None]:
+    """Let files be opened, made and removed with the rights of `who` alone; None: with ours."""
+    if who is None:
+        yield
+        return
+    import ctypes  # noqa: F401 inside.py needs it, and it may not be readable to them
+
+    uid, gid, groups = os.geteuid(), os.getegid(), os.getgroups()
+    try:
+        os.setgroups([])
+        os.setegid(who.gid)
+        os.seteuid(who.uid)
+        yield
+    finally:
+        os.seteuid(uid)
+        os.setegid(gid)
+        os.setgroups(groups)
+
+
 def _folder(stack: ExitStack, parent: int, name: str, mode: int) -> int:
     """Open a folder, following links as the target would; make it if need be."""
     try:
         fd = inside.open_path(parent, name, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        os.mkdir(name, mode, dir_fd=parent)
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        os.mkdir(name, 0o700, dir_fd=parent)
+        fd = _made(parent, name)
         os.fchmod(fd, mode)  # whatever our umask says
     stack.callback(os.close, fd)
     return fd
 
 
-def _trust(process: procfs.Process, folder: int, proc: Path) -> None:
+def _made(parent: int, name: str) -> int:
+    """Open the folder that we have just made, making sure that it is that one."""
+    fd = inside.open_entry(parent, name, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        facts = os.fstat(fd)
+        if facts.st_uid != os.geteuid() or facts.st_dev != os.fstat(parent).st_dev or os.listdir(fd):
+            raise OSError(0, f"somebody has put another folder in the place of {name}")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _trust(folder: int) -> None:
     """Refuse a folder of ours in which others could put things. In another root the target may do as it likes."""
-    if procfs.same_root(process.pid, proc):
-        facts = os.fstat(folder)
-        if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise OSError(0, f"{RUN} belongs to another user or can be written by others")
+    facts = os.fstat(folder)
+    if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(0, f"{RUN} belongs to another user or can be written by others")
 
 
-def _make_own(stack: ExitStack, ours: int, process: procfs.Process, mode: int) -> None:
-    uid, name = process.uids[1], str(process.pid)
-    made = True
+def _make_own(stack: ExitStack, ours: int, process: procfs.Process) -> int:
+    """Return the process's folder: one that belongs to its user already, or else a new one of ours."""
+    name = str(process.pid)
     try:
         os.mkdir(name, 0o700, dir_fd=ours)
     except FileExistsError:
-        made = False
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=ours)
+        fd = inside.open_entry(ours, name, os.O_PATH | os.O_DIRECTORY)
+        stack.callback(os.close, fd)
+        if (owner := os.fstat(fd).st_uid) == process.uids[1]:
+            return fd
+        # It was left by a process that had this pid before, or put there. It is not ours to give away.
+        try:
+            _remove_own(ours, name)
+        except OSError:
+            raise OSError(0, f"there is another one, {RUN}/{name}, of uid {owner}") from None
+        os.mkdir(name, 0o700, dir_fd=ours)
+    fd = _made(ours, name)
     stack.callback(os.close, fd)
-    owner = os.fstat(fd).st_uid
-    # Another one was left by a process that had this pid before. It is not ours to give away when it holds anything.
-    if owner != uid and not made and os.listdir(fd) not in ([], ["sock"]):
-        raise OSError(0, f"there is another one, {RUN}/{name}, of uid {owner}")
-    if owner != uid:
-        os.fchown(fd, uid, -1)
-    os.fchmod(fd, mode)
+    return fd
+
+
+def _give(fd: int, uid: int, mode: int) -> None:
+    """Give a folder that _make_own() has returned to the target's user.
+
+    It is that user's or was made by whom we acted as, so this is no more than the root of their namespace may do.
+    """
+    facts = os.fstat(fd)
+    through = f"/proc/self/fd/{fd}"  # it may be open as a path only
+    if facts.st_uid != uid:
+        os.chown(through, uid, -1)
+    if stat.S_IMODE(facts.st_mode) != mode:
+        os.chmod(through, mode)
+
+
+def _run(stack: ExitStack, root: int) -> int:
+    fd = inside.open_path(root, str(RUN), os.O_PATH | os.O_DIRECTORY)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _unlink_socket(folder: int) -> None:
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat("sock", dir_fd=folder, follow_symlinks=False).st_mode):
+            os.unlink("sock", dir_fd=folder)
 
 
 def _remove_own(ours: int, name: str) -> None:
-    fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=ours)
+    fd = inside.open_entry(ours, name, os.O_PATH | os.O_DIRECTORY)
     try:
-        with suppress(FileNotFoundError):
-            os.unlink("sock", dir_fd=fd)
+        with suppress(PermissionError):
+            _unlink_socket(fd)
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=ours)

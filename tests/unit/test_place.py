@@ -5,13 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from ramlock import place, procfs
-from ramlock.errors import UsageError
+from ramlock.errors import CannotInject, UsageError
 from ramlock.place import Place
 from tests.conftest import absent
 
@@ -141,3 +143,86 @@ def test_a_folder_of_anothers_is_not_given_away(nobodys: procfs.Process, tmp_pat
         place.prepare(target, place.choose(target, None), shared=False)
         assert (run / str(process.pid)).stat().st_uid == 65534
         process.kill()
+
+
+@contextmanager
+def in_namespace(folder: Path, over: str, *, user: int = 65534) -> Iterator[procfs.Process]:
+    """A process in a user and mount namespace of `user`, who has mounted `folder` at `over`."""
+    if os.getuid() != 0:
+        absent("only root can become another user")
+    script = 'mount -t tmpfs none /run && mkdir -p "$2" && mount --bind "$1" "$2" && echo && exec sleep 60'
+    # The name of the folder has the pid in it, which exec keeps.
+    script = f'set -- "$1" "$(echo "$2" | sed s/PID/$$/)"; {script}'
+    drop = ("setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups")
+    with subprocess.Popen(
+        [*drop, "unshare", "-Urm", "sh", "-c", script, "sh", folder, over], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            absent("no user namespace can be made here")
+        while b"sleep" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        yield procfs.read(process.pid)
+        process.kill()
+
+
+@pytest.fixture
+def reachable(tmp_path: Path) -> Path:
+    """A folder of root's to which any user finds the way."""
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        path.chmod(path.stat().st_mode | 0o011)
+    folder = tmp_path / "host"
+    folder.mkdir(mode=0o755)
+    return folder
+
+
+def facts(folder: Path) -> tuple[int, int, int]:
+    found = folder.stat()
+    return found.st_uid, found.st_gid, found.st_mode
+
+
+@pytest.mark.parametrize("over", ["/run/ramlock/PID", "/run/ramlock", "/run"])
+def test_a_folder_of_the_host_is_not_given_away(reachable: Path, over: str) -> None:
+    """Who makes a mount namespace of his own can have any folder of the host stand in the place of his."""
+    before = facts(reachable)
+    with in_namespace(reachable, over) as target:
+        with pytest.raises(CannotInject, match="no folder for the control socket"):
+            place.prepare(target, place.choose(target, None), shared=False)
+        place.remove(target)
+    assert facts(reachable) == before
+    assert not list(reachable.iterdir())
+
+
+def test_a_socket_of_the_host_is_not_removed(reachable: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, in_namespace(reachable, "/run/ramlock") as target:
+        (reachable / str(target.pid)).mkdir()
+        server.bind(str(reachable / str(target.pid) / "sock"))
+        place.remove(target)
+        assert (reachable / str(target.pid) / "sock").exists()
+
+
+def test_a_namespace_of_its_own_gets_its_folder(reachable: Path) -> None:
+    us = os.geteuid(), os.getegid(), os.getgroups()
+    with in_namespace(reachable, "/run/other") as target:
+        folder = Path(f"/proc/{target.pid}/root/run/ramlock/{target.pid}")
+        for shared, mode in ((False, 0o700), (True, 0o711)):
+            place.prepare(target, place.choose(target, None), shared=shared)
+            assert (folder.stat().st_uid, folder.stat().st_mode & 0o7777) == (65534, mode)
+        assert (os.geteuid(), os.getegid(), os.getgroups()) == us
+        place.remove(target)
+        assert not folder.exists()
+    assert (os.geteuid(), os.getegid(), os.getgroups()) == us
+
+
+def test_a_folder_that_is_there_is_not_given_away(nobodys: procfs.Process) -> None:
+    """Neither what root keeps there nor, when it is empty, the folder itself: a new one takes its place."""
+    folder = Path(f"/run/ramlock/{nobodys.pid}")
+    folder.mkdir(parents=True)
+    held = os.open(folder, os.O_PATH)
+    try:
+        place.prepare(nobodys, place.choose(nobodys, None), shared=False)
+        assert folder.stat().st_uid == 65534
+        assert os.fstat(held).st_uid == 0
+    finally:
+        os.close(held)
+        place.remove(nobodys)
