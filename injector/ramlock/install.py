@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ramlock import (
@@ -41,6 +40,7 @@ from ramlock.errors import (
     NotFound,
     RamlockError,
     Refused,
+    VmGone,
 )
 from ramlock.memory import Memory, Object
 from ramlock.teststeps import step
@@ -49,6 +49,9 @@ from ramlock.text import printable
 SOCKET_TIME = 10.0
 """Seconds that the shim has to listen, counted from when it was started; QEMU's main loop may be busy."""
 _POLL_FIRST, _POLL_MOST = 0.001, 0.02
+_SURE = 10
+"""Looks in a row that show no thread of the shim, which names its threads a little after they begin."""
+_OUT = "take it out with ramlock eject, which unlocks everything, and inject again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class Outcome(NamedTuple):
     """µs of it that it was stopped by us."""
     replaced: str | None = None
     """The version that was upgraded."""
+    unadopted: str | None = None
+    """Why the books of an upgrade that was broken off could not be taken over; they are kept."""
 
 
 @contextmanager
@@ -93,22 +98,22 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
     and whatever a session can raise.
     """
     with ExitStack() as stack:
-        process, vm = _existing(stack, pid, options)
+        pin, process, vm = _existing(stack, pid, options)
         if vm is None:
             report = preflight.look(pid, environ, options.socket, allow_seccomp=options.allow_seccomp)
             report.require()
             place.sweep()
-            plan = _plan(report)
+            plan = _plan(report, pin, process)
             found, outcome = _install(stack, plan, options, None)
-            _adopt_kept(found, plan.process)
-            yield found, outcome
-        elif options.upgrade and (new := _plan_upgrade(vm, process, options, environ)):
+            yield found, outcome._replace(unadopted=_adopt_kept(found, plan.process))
+        elif options.upgrade and (new := _plan_upgrade(vm, pin, process, options, environ)):
             yield _upgrade(stack, vm, *new)
         else:
             blocks = _from_outside(process)
             source = _compare(vm, process, blocks) if blocks is not None else "qemu"
-            _adopt_kept(vm, process)
-            yield vm, Outcome(place.from_here(process, vm.client.where), True, version(vm), source)
+            unadopted = _adopt_kept(vm, process)
+            where = place.from_here(process, vm.client.where)
+            yield vm, Outcome(where, True, version(vm), source, unadopted=unadopted)
         step("end")
 
 
@@ -120,6 +125,7 @@ def version(vm: vms.Vm) -> str:
 class _Plan(NamedTuple):
     """What a preflight without a fault has found."""
 
+    pin: procfs.Pin
     process: procfs.Process
     file: road.File
     way: road.Road
@@ -127,20 +133,24 @@ class _Plan(NamedTuple):
     blocks: list[guestram.Block]
 
 
-def _plan(report: preflight.Preflight) -> _Plan:
+def _plan(report: preflight.Preflight, pin: procfs.Pin, first: procfs.Process) -> _Plan:
+    """Make a plan for the very process that was pinned and is `first`. Raises VmGone when it is another by now."""
+    pin.check()
     process, file, way, where, blocks = report.process, report.file, report.way, report.where, report.blocks
     if process is None or file is None or way is None or where is None or blocks is None:
         raise CannotInject(f"process {report.pid} could not be looked at", "see ramlock preflight")
-    return _Plan(process, file, way, where, blocks)
+    if process.start_time != first.start_time:
+        raise VmGone(f"the VM (pid {report.pid}) has ended", "look into QEMU's own log for why")
+    return _Plan(pin, process, file, way, where, blocks)
 
 
-def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Process, vms.Vm | None]:
+def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Pin, procfs.Process, vms.Vm | None]:
     """Open a session with the shim that is there already, if one is."""
     pin = procfs.Pin(pid)
     stack.callback(pin.close)
     process = procfs.read(pid)
     if process.ended:
-        return process, None  # a zombie: the preflight says so
+        return pin, process, None  # a zombie: the preflight says so
     deadline = Deadline(options.timeout)
     while (found := _connect(process, options)) is None and eject.serves(pid):
         if deadline.expired:
@@ -150,20 +160,21 @@ def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Proc
             )
         time.sleep(_POLL_MOST)
     pin.check()
-    return process, None if found is None else stack.enter_context(vms.talk(_vm(process, procfs.Pin(pid), found)))
+    return pin, process, None if found is None else stack.enter_context(vms.talk(_vm(process, procfs.Pin(pid), found)))
 
 
 def _install(stack: ExitStack, plan: _Plan, options: Options, handed: dict[str, Any] | None) -> tuple[vms.Vm, Outcome]:
     """Inject, and compare; `handed` is what a former shim has left to be adopted."""
     process = plan.process
+    plan.pin.check()
     path = plan.way.path or memfd.provide(process.pid, plan.file.path, plan.file.build_id, options.timeout)
-    cost = _inject(process, plan.file.path, path, plan.where, options)
+    cost = _inject(plan, path, options)
     vm = stack.enter_context(vms.talk(_await(process, path, plan.where)))
     try:
         source = _compare(vm, process, plan.blocks)
-    except GuestRamMismatch:
+    except Refused:
         with suppress(RamlockError):
-            eject.eject(vm)
+            eject.eject(vm, keep_books=True)
         raise
     if handed is not None:
         _adopt(vm, handed)
@@ -174,19 +185,35 @@ def _install(stack: ExitStack, plan: _Plan, options: Options, handed: dict[str, 
     return vm, Outcome(where, already, version(vm), source, cost.attempts, stopped, cost.traced_us)
 
 
-def _inject(process: procfs.Process, file: Path, path: str, where: place.Place, options: Options) -> inject.Injection:
+def _inject(plan: _Plan, path: str, options: Options) -> inject.Injection:
+    process, where = plan.process, plan.where
+    coming = False
+
+    def committed() -> None:
+        nonlocal coming
+        coming = True
+
     place.prepare(process, where, shared=options.allow_uid is not None)
     try:
-        cost = inject.inject(process.pid, file, os.fsencode(path), _config(process, where, options), options.timeout)
+        cost = inject.inject(
+            process.pid,
+            plan.file.path,
+            os.fsencode(path),
+            _config(process, where, options),
+            options.timeout,
+            plan.pin,
+            committed,
+        )
     except BaseException:
-        place.remove(process)
+        if not coming:
+            place.remove(process)
         raise
     place.link(process, where)
     return cost
 
 
 def _plan_upgrade(
-    vm: vms.Vm, process: procfs.Process, options: Options, environ: Mapping[str, str]
+    vm: vms.Vm, pin: procfs.Pin, process: procfs.Process, options: Options, environ: Mapping[str, str]
 ) -> tuple[_Plan, Options, loaded.Shim] | None:
     """Look whether our shim is another than the one that serves; None when it is the same.
 
@@ -203,7 +230,7 @@ def _plan_upgrade(
     )
     report = preflight.look(process.pid, environ, kept.socket, allow_seccomp=options.allow_seccomp)
     report.require()
-    plan = _plan(report)
+    plan = _plan(report, pin, process)
     # Shims that were ejected stay loaded; one that does not say where it is was most likely the last to come.
     serving = [found for found in report.shims if found.base == facts.get("base")] or report.shims
     if not serving or serving[-1].build_id == plan.file.build_id:
@@ -216,51 +243,82 @@ def _upgrade(
 ) -> tuple[vms.Vm, Outcome]:
     """Replace the shim by ours. What it has locked stays locked: the new one takes over its books.
 
-    When the new one cannot be brought in, the former one is started again, with its books. Raises what hindered the
-    new one.
+    When the new one cannot be brought in, the former one is started again, with its books; as long as no shim has
+    them, they are kept. Raises what hindered the new one.
     """
     process, pid = plan.process, plan.process.pid
     old = version(vm)
-    step("hand-over")
-    try:
-        handed = vm.client.execute("ramlock-eject", {"keep": True}, deadline=Deadline(vms.ANSWER_TIME))
-    except CommandError:
+    if unadopted := _adopt_kept(vm, process):
         raise Refused(
-            f"ramlock {old} in process {pid} cannot be replaced while it holds memory",
-            "take it out with ramlock eject, which unlocks everything, and inject again",
-        ) from None
-    if not isinstance(handed, dict):
-        raise ControlError("the former shim handed nothing over", "what it had locked stays locked until the VM ends")
-    kept.write(process, handed)
+            f"an upgrade of process {pid} was broken off, and its shim does not take the books over: {unadopted}", _OUT
+        )
+    with kept.Room(process) as room:
+        step("hand-over")
+        try:
+            handed = vm.client.execute("ramlock-eject", {"keep": True}, deadline=Deadline(vms.ANSWER_TIME))
+        except CommandError:
+            raise Refused(f"ramlock {old} in process {pid} cannot be replaced while it holds memory", _OUT) from None
+        if not isinstance(handed, dict):
+            raise ControlError(
+                "the former shim handed nothing over", "what it had locked stays locked until the VM ends"
+            )
+        with suppress(OSError):  # the best that can be done now is to go on
+            room.fill(handed)
     try:
         eject.wait_gone(pid, eject.GOING_TIME)
         found, outcome = _install(stack, plan, options, handed)
-    except (RamlockError, OSError):
-        eject.wait_gone(pid, eject.GOING_TIME)
-        _inject(process, plan.file.path, former.name, plan.where, options)
-        with vms.talk(_await(process, former.name, plan.where)) as again:
-            _adopt(again, handed)
-        kept.remove(process)
+    except (RamlockError, OSError) as error:
+        try:
+            _bring_back(plan, options, former, handed)
+        except (RamlockError, OSError) as second:
+            error.add_note(f"the former shim was not started again: {second}")
         raise
     kept.remove(process)
     return found, outcome._replace(replaced=old)
 
 
+def _bring_back(plan: _Plan, options: Options, former: loaded.Shim, handed: dict[str, Any]) -> None:
+    """Start the former shim again, unless another one is there or may still come; then that one gets the books."""
+    pid = plan.process.pid
+    plan.pin.check()
+    deadline = Deadline(options.timeout)
+    while not _is_back(pid):
+        if deadline.expired:
+            return
+        time.sleep(_POLL_MOST)
+    if eject.serves(pid):
+        return
+    _inject(plan, former.name, options)
+    with vms.talk(_await(plan.process, former.name, plan.where)) as again:
+        _adopt(again, handed)
+    kept.remove(plan.process)
+
+
 def _adopt(vm: vms.Vm, handed: dict[str, Any]) -> None:
-    """Give a shim the books of a former one, as soon as it knows guest RAM. Raises CommandError."""
+    """Give a shim the books of a former one, as soon as it knows guest RAM and has time. Raises CommandError."""
     step("adopt")
     deadline = Deadline(guarantee.START_TIME)
     while guarantee.query(vm.client).state is reply.State.WAITING and not deadline.expired:
         time.sleep(_POLL_MOST)
-    vm.client.execute("ramlock-adopt", handed, deadline=Deadline(vms.ANSWER_TIME))
+    while True:
+        try:
+            vm.client.execute("ramlock-adopt", handed, deadline=Deadline(vms.ANSWER_TIME))
+            return
+        except CommandError as error:
+            if error.reason != "busy" or deadline.expired:
+                raise
+        time.sleep(_POLL_MOST)
 
 
-def _adopt_kept(vm: vms.Vm, process: procfs.Process) -> None:
-    """Finish an upgrade that was broken off. A shim that has a guarantee by now takes no other books."""
+def _adopt_kept(vm: vms.Vm, process: procfs.Process) -> str | None:
+    """Finish an upgrade that was broken off. Returns None, or why the shim does not take the books, which are kept."""
     if (handed := kept.read(process)) is not None:
-        with suppress(CommandError):
+        try:
             _adopt(vm, handed)
+        except CommandError as error:
+            return error.desc
         kept.remove(process)
+    return None
 
 
 def _config(process: procfs.Process, where: place.Place, options: Options) -> bytes:
@@ -293,13 +351,14 @@ def _vm(process: procfs.Process, pin: procfs.Pin, found: tuple[Any, str]) -> vms
 
 
 def _await(process: procfs.Process, path: str, where: place.Place) -> vms.Vm:
-    """Wait until the shim listens. Raises CannotInject, saying why it does not."""
+    """Wait until the shim listens. Raises CannotInject or ControlError, saying why it does not."""
     step("wait-socket")
     pin = procfs.Pin(process.pid)
     deadline = Deadline(SOCKET_TIME)
     pause = _POLL_FIRST
     options = Options(socket=where.path)
     back = False
+    without_threads = 0
     try:
         while (found := _connect(process, options)) is None:
             pin.check()
@@ -311,6 +370,21 @@ def _await(process: procfs.Process, path: str, where: place.Place) -> vms.Vm:
                         f"the loader of process {process.pid} did not take {path}",
                         "is it readable and executable for the VM's user, and allowed by the security modules?",
                     )
+            if back:
+                # ramlock_start() has returned, so what threads it makes are there; they leave when they cannot serve.
+                without_threads = 0 if eject.serves(process.pid) else without_threads + 1
+                if without_threads > _SURE:
+                    place.remove(process)
+                    raise CannotInject(
+                        f"the shim left process {process.pid} at once: it could not make its socket at "
+                        f"{where.path or 'its usual place'}, or could not start its threads",
+                        "QEMU's own log says why; try again with another --socket, or with more threads allowed",
+                    )
+            elif procfs.read(process.pid).state == "T":
+                raise ControlError(
+                    f"process {process.pid} was stopped by a signal meanwhile; the shim starts when it is continued",
+                    f"kill -CONT {process.pid}, and inject again, which then finds the shim",
+                )
             if deadline.expired:
                 raise ControlError(
                     f"the shim is in process {process.pid}, but does not listen on {where.path or 'its usual socket'}",
@@ -326,6 +400,8 @@ def _await(process: procfs.Process, path: str, where: place.Place) -> vms.Vm:
 
 def _is_back(pid: int) -> bool:
     """Whether the main thread sleeps in libc's ppoll() again, and so has left the trampoline."""
+    if not os.access(f"/proc/{pid}/syscall", os.R_OK):
+        return False  # this kernel does not tell
     with Memory(pid) as memory:
         maps = memory.maps()
         ppoll, _ = detour.find_symbols(memory, maps, detour.find_libc(memory, maps))

@@ -5,25 +5,66 @@ between, the next one who comes finds the books here.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import errno
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ramlock import procfs
+from ramlock.errors import Refused
 from ramlock.place import RUN
 
 _MOST = 1 << 20
 
 
-def write(process: procfs.Process, handed: dict[str, Any], run: Path = RUN) -> None:
-    """Keep it. Where there is no such folder, or it is not ours, nothing is kept."""
-    data = json.dumps({"start-time": process.start_time, "handed": handed}).encode("ascii")
-    with suppress(OSError):
-        fd = os.open(_path(process, run), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(data)
+class Room:
+    """Room for a file, taken before there is anything to keep: then keeping it cannot fail any more."""
+
+    def __init__(self, process: procfs.Process, run: Path = RUN) -> None:
+        """Take it. Raises Refused when that cannot be."""
+        self._process = process
+        self._path = _path(process, run)
+        self._draft = run / f".{process.pid}.books"
+        try:
+            run.mkdir(mode=0o755, exist_ok=True)
+            self._draft.unlink(missing_ok=True)
+            self._fd = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _no_room(run, error) from None
+        try:
+            os.posix_fallocate(self._fd, 0, _MOST)
+        except OSError as error:
+            self.close()
+            raise _no_room(run, error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fill(self, handed: dict[str, Any]) -> None:
+        """Keep it, in place of what was kept before. Raises OSError."""
+        data = json.dumps({"start-time": self._process.start_time, "handed": handed}).encode("ascii")
+        if os.pwrite(self._fd, data, 0) != len(data):
+            raise OSError(errno.EIO, "a short write")
+        os.ftruncate(self._fd, len(data))
+        os.rename(self._draft, self._path)
+
+    def close(self) -> None:
+        """Give the room back, unless it was filled."""
+        os.close(self._fd)
+        with suppress(OSError):
+            self._draft.unlink(missing_ok=True)
+
+
+def _no_room(run: Path, error: OSError) -> Refused:
+    return Refused(
+        f"what is locked cannot be written down in {run} for the time of the upgrade: {error.strerror}",
+        "nothing was changed; run ramlock as root, or take the shim out with ramlock eject and inject again",
+    )
 
 
 def read(process: procfs.Process, run: Path = RUN) -> dict[str, Any] | None:

@@ -7,14 +7,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ramlock import __version__, guestram, install, loaded, memory
-from ramlock.errors import CannotInject, GuestRamMismatch
+from ramlock import __version__, guestram, install, kept, loaded, memory, procfs
+from ramlock.errors import CannotInject, ControlError, GuestRamMismatch, NotFound, Refused
 from ramlock.teststeps import STEPS
 from tests.conftest import Need
 from tests.qemu import truth
@@ -446,6 +447,108 @@ def test_a_loader_that_does_not_take_it(tmp_path: Path) -> None:
             pass
         guest.check_unharmed()
         assert not inject(guest)["already"]
+
+
+def in_the_middle(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], None]) -> None:
+    """Does something once, when the injection passes a step of tracee.py."""
+
+    def at(passed: str) -> None:
+        if passed == name:
+            monkeypatch.undo()
+            act()
+
+    monkeypatch.setattr("ramlock.tracee.step", at)
+
+
+def test_interrupted_after_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shim comes all the same, so its folder stays."""
+    with Guest(how="plain", user=NOBODY) as guest:
+        in_the_middle(monkeypatch, "ptrace-setregs-done", lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), install.installed(guest.pid, install.Options(), os.environ):
+            pass
+        assert Path(f"/run/ramlock/{guest.pid}").is_dir()
+        guest.check_unharmed()
+        inject(guest, "--guarantee", SIZE)
+        assert requested(guest) == SIZE
+
+
+def test_stopped_by_a_signal_after_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Guest(how="plain") as guest:
+        in_the_middle(monkeypatch, "ptrace-setregs-done", lambda: os.kill(guest.pid, signal.SIGSTOP))
+        begun = time.monotonic()
+        with (
+            pytest.raises(ControlError, match="stopped by a signal"),
+            install.installed(guest.pid, install.Options(), os.environ),
+        ):
+            pass
+        assert time.monotonic() - begun < 5
+        os.kill(guest.pid, signal.SIGCONT)
+        guest.check_unharmed()
+        inject(guest, "--guarantee", SIZE)
+        assert requested(guest) == SIZE
+
+
+@pytest.mark.parametrize("step", ["ptrace-interrupt", "ptrace-getregs", "ptrace-setregs", "ptrace-setregs-done"])
+def test_the_vm_is_killed_meanwhile(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    with Guest(how="plain") as guest:
+
+        def kill() -> None:
+            os.kill(guest.pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+        in_the_middle(monkeypatch, step, kill)
+        with (
+            pytest.raises(NotFound) as error,
+            install.installed(guest.pid, install.Options(), os.environ),
+        ):
+            pass
+        assert "nothing was changed" not in error.value.hint
+
+
+def test_a_shim_that_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot make its socket; it is said at once, and the next one works."""
+    with Guest(how="plain") as guest:
+        config = b"RAMLOCK_OWNER_UID=0\nRAMLOCK_SOCKET=/nonexistent/folder/sock\n"
+        monkeypatch.setattr(install, "_config", lambda *_: config)
+        begun = time.monotonic()
+        with (
+            pytest.raises(CannotInject, match="could not make its socket"),
+            install.installed(guest.pid, install.Options(), os.environ),
+        ):
+            pass
+        assert time.monotonic() - begun < 5
+        guest.check_unharmed()
+        inject(guest, "--guarantee", SIZE)
+        assert requested(guest) == SIZE
+
+
+def test_books_that_no_shim_takes_are_kept() -> None:
+    with Guest(how="plain") as guest:
+        file = Path(f"/run/ramlock/{guest.pid}.books")
+        books = {"held": [[4096, 8192]], "foreign": [], "on-fault": []}
+        wish = {"size": 8192, "all": False, "order": "low", "prefault": True}
+        with kept.Room(procfs.read(guest.pid)) as room:
+            room.fill({"books": books, "wish": wish})
+        assert "unadopted" in inject(guest)
+        assert file.exists()
+        assert ramlock("eject", "--pid", guest.pid).returncode == 0
+        assert not file.exists()
+        assert "unadopted" not in inject(guest)
+
+
+def test_no_upgrade_where_nothing_can_be_kept(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Guest(how="plain") as guest:
+        inject(guest, "--guarantee", "32M")
+        room = kept.Room
+        monkeypatch.setattr(kept, "Room", lambda process: room(process, other))
+        environ = {**os.environ, "RAMLOCK_SHIM": str(other)}
+        with (
+            pytest.raises(Refused, match="cannot be written down"),
+            install.installed(guest.pid, install.Options(upgrade=True), environ),
+        ):
+            pass
+        assert requested(guest) == 32 * MIB
+        assert_holds(guest, 32 * MIB)
 
 
 def test_the_outside_list_is_qemus() -> None:

@@ -96,6 +96,8 @@ def command(
             return
         emit(f"{found.label}: {_words(outcome)}")
         emit(f"socket: {outcome.socket}")
+        if outcome.unadopted is not None:
+            emit(f"locked by a former shim and not taken over: {outcome.unadopted}")
         if now is not None:
             emit(f"guarantee: {format_size(now.requested)}, {format_size(now.locked)} locked")
 
@@ -113,6 +115,8 @@ def _json(outcome: Any) -> dict[str, Any]:
     }
     if outcome.replaced is not None:
         result["replaced"] = outcome.replaced
+    if outcome.unadopted is not None:
+        result["unadopted"] = outcome.unadopted
     return result
 
 
