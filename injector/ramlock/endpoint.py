@@ -8,6 +8,7 @@ cannot lead out of there, and what is connected to must be a socket on which tha
 import errno
 import itertools
 import os
+import re
 import socket
 import stat
 import struct
@@ -23,6 +24,12 @@ from ramlock.errors import NoAnswer, NoPermission, NotFound, NotOurs, RamlockErr
 from ramlock.text import printable
 
 _RETRY = 0.02
+_PATIENCE = 1.0
+"""Seconds to wait at one of several places: whoever has put a socket there that never answers delays the rest."""
+_ANYBODYS = re.compile(r"(/tmp/ramlock-\d+|/run/user/\d+/ramlock)/[^/]+", re.ASCII)
+"""Places in folders that others might have made before the VM's user did."""
+_BEST = (NotOurs, NoPermission, NoAnswer)
+"""Which trouble says most when no place leads to the shim."""
 _RIGHTS = "run ramlock as root or as the user who started the VM, or start the VM with --allow-uid"
 
 
@@ -99,25 +106,32 @@ def connect_process(
     """Connect to the shim in `process`; return the socket and its path.
 
     A process that sees another root than we do is looked for there, and then here: with -chroot its socket was made
-    before it changed its root. Raises NotFound when it has none, NoPermission when we may not, NotOurs when only others
-    listen in its place.
+    before it changed its root. What its environment names is sought here only then. Raises NotFound when it has none,
+    NoPermission when we may not, NotOurs when only others listen in its place, NoAnswer when all that was found is a
+    queue that stays full.
     """
     trouble: list[RamlockError] = []
+    named = (environ or {}).get("RAMLOCK_SOCKET")
     with ExitStack() as stack:
-        roots: list[int | None] = [None]
-        if not procfs.same_root(process.pid, proc):
+        where: list[tuple[int | None, str]] = []
+        if procfs.same_root(process.pid, proc):
+            where += [(None, path) for path in candidates(process, environ)]
+        else:
             try:
                 theirs = inside.open_root(process.pid, proc)
                 stack.callback(os.close, theirs)
-                roots.insert(0, theirs)
+                where += [(theirs, path) for path in candidates(process, environ)]
             except NoPermission as error:
                 trouble.append(error)
-        for root, path in itertools.product(roots, candidates(process, environ)):
+            where += [(None, path) for path in candidates(process, environ if _changes_root(process) else None)]
+        for root, path in where:
+            if path != named and _ANYBODYS.fullmatch(path) and not _is_theirs(process, os.path.dirname(path), root):
+                continue
             try:
-                sock = connect(path, deadline, root)
+                sock = connect(path, deadline.within(_PATIENCE), root)
             except (FileNotFoundError, ConnectionRefusedError):
                 continue
-            except (NoPermission, NotOurs) as error:
+            except (NoPermission, NotOurs, NoAnswer) as error:
                 trouble.append(error)
                 continue
             if (listener := peer(sock).pid) == process.pid:
@@ -130,11 +144,36 @@ def connect_process(
                 )
             )
     if trouble:
-        raise min(trouble, key=lambda error: isinstance(error, NoPermission))
+        raise min(trouble, key=lambda error: [isinstance(error, kind) for kind in _BEST].index(True))
     raise NotFound(
         f"there is no ramlock shim in process {process.pid}",
         "start the VM with ramlock run; if it was given another socket, name that with --socket",
     )
+
+
+def _changes_root(process: procfs.Process) -> bool:
+    """Whether QEMU was told to change its root once it has started."""
+    return any(
+        option in ("-chroot", "--chroot")
+        or (option in ("-run-with", "--run-with") and re.search(r"(^|,)chroot=", value) is not None)
+        for option, value in itertools.pairwise(process.cmdline)
+    )
+
+
+def _is_theirs(process: procfs.Process, folder: str, root: int | None) -> bool:
+    """Whether only the users of `process` can have put anything into `folder`."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        fd = os.open(folder, flags | os.O_CLOEXEC) if root is None else inside.open_path(root, folder, flags)
+        try:
+            facts = os.fstat(fd)
+        finally:
+            os.close(fd)
+    except PermissionError:
+        return True  # so connect() will say that we may not
+    except OSError:
+        return False
+    return facts.st_uid in process.uids and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _connect(address: str, shown: str, deadline: Deadline) -> socket.socket:

@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,75 @@ def test_no_shim(tmp_path: Path) -> None:
         endpoint.connect_process(procfs.read(os.getpid()), {"RAMLOCK_SOCKET": str(tmp_path / "x")}, Deadline(1))
 
 
+@contextmanager
+def never_answers(path: Path) -> Iterator[None]:
+    """A socket whose queue is full."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(str(path))
+        server.listen(0)
+        with suppress(BlockingIOError):
+            while True:
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(path))
+        yield
+
+
+def test_who_never_answers_does_not_hide_the_shim(tmp_path: Path) -> None:
+    with never_answers(tmp_path / "s"), listener_of_its_own(tmp_path) as (process, runtime):
+        begun = time.monotonic()
+        environ = {"RAMLOCK_SOCKET": str(tmp_path / "s"), "XDG_RUNTIME_DIR": str(runtime)}
+        sock, path = endpoint.connect_process(procfs.read(process.pid), environ, Deadline(10))
+        sock.close()
+        assert path == f"{runtime}/ramlock/{process.pid}.sock"
+        assert time.monotonic() - begun < 3
+
+
+def test_only_who_never_answers(tmp_path: Path) -> None:
+    with never_answers(tmp_path / "s"), pytest.raises(NoAnswer):
+        endpoint.connect_process(procfs.read(os.getpid()), {"RAMLOCK_SOCKET": str(tmp_path / "s")}, Deadline(10))
+
+
+@contextmanager
+def listener_of_its_own(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A process that listens in its usual place below a runtime folder."""
+    code = (
+        "import os, socket, sys; s = socket.socket(socket.AF_UNIX)\n"
+        "s.bind(f'{sys.argv[1]}/{os.getpid()}.sock'); s.listen(); print(flush=True); input()"
+    )
+    (folder / "ramlock").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / "ramlock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process, folder
+        process.kill()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_a_folder_that_others_made(mode: int) -> None:
+    """Anybody can make a user's folder in /tmp before that user does; what is in there is not even tried."""
+    if os.getuid() != 0:
+        absent("only root can become another user")
+    uid = 3_000_000 + os.getpid()
+    folder = Path(f"/tmp/ramlock-{uid}")
+    with subprocess.Popen(["sleep", "60"], user=uid, group=uid) as process:
+        folder.mkdir()
+        try:
+            folder.chmod(mode)
+            os.chown(folder, uid if mode == 0o777 else uid + 1, -1)
+            with never_answers(folder / f"{process.pid}.sock"):
+                begun = time.monotonic()
+                with pytest.raises(NotFound, match="no ramlock shim"):
+                    endpoint.connect_process(procfs.read(process.pid), None, Deadline(10))
+                assert time.monotonic() - begun < 0.9
+        finally:
+            shutil.rmtree(folder)
+            process.kill()
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     """A folder that stands for another root, and its descriptor."""
@@ -196,14 +267,15 @@ def test_a_vm_in_another_mount_namespace(tmp_path: Path) -> None:
         process.communicate()
 
 
-def test_a_vm_that_changed_its_root(tmp_path: Path) -> None:
-    """With -chroot the socket was made before, and stays where we see it."""
+@pytest.mark.parametrize("option", [("-chroot", "x"), ("-run-with", "async-teardown=on,chroot=x"), ()])
+def test_a_vm_that_changed_its_root(tmp_path: Path, option: tuple[str, ...]) -> None:
+    """With -chroot the socket was made before, and stays where we see it; otherwise it is not sought there."""
     if os.getuid() != 0:
         absent("only root can change the root")
     (tmp_path / "jail").mkdir()
     code = LISTEN.replace("print()", "import os; os.chroot(sys.argv[2]); print()")
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "jail")],
+        [sys.executable, "-c", code, str(tmp_path / "s"), str(tmp_path / "jail"), *option],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -212,9 +284,13 @@ def test_a_vm_that_changed_its_root(tmp_path: Path) -> None:
         process.stdout.readline()
         assert not procfs.same_root(process.pid)
         environ = {"RAMLOCK_SOCKET": str(tmp_path / "s")}
-        sock, _ = endpoint.connect_process(procfs.read(process.pid), environ, Deadline(5))
-        assert endpoint.peer(sock).pid == process.pid
-        sock.close()
+        if option:
+            sock, _ = endpoint.connect_process(procfs.read(process.pid), environ, Deadline(5))
+            assert endpoint.peer(sock).pid == process.pid
+            sock.close()
+        else:
+            with pytest.raises(NotFound, match="no ramlock shim"):
+                endpoint.connect_process(procfs.read(process.pid), environ, Deadline(5))
     finally:
         process.kill()
         process.communicate()
