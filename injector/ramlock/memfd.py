@@ -123,6 +123,9 @@ def _open(link: Path) -> int:
     """Open the memory file, making sure that it is one: the process could have put another file in its place."""
     place = os.open(link, os.O_PATH | os.O_CLOEXEC)
     try:
+        # Another file system might be the process's own (FUSE), and keep us waiting. Nothing has asked it yet.
+        if _mount(place) != _memory_mount():
+            raise OSError(0, "it is no memory file")
         facts = os.fstat(place)
         if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 0:
             raise OSError(0, "it is no memory file")
@@ -130,6 +133,24 @@ def _open(link: Path) -> int:
     finally:
         os.close(place)
     return fd
+
+
+def _mount(fd: int) -> str:
+    """Return the number of the mount that a file of ours belongs to, by the kernel's word alone."""
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "mnt_id":
+            return value.strip()
+    raise OSError(0, "the kernel does not tell its mount")
+
+
+def _memory_mount() -> str:
+    """Return the number of the mount that every memory file is on; no other file can be put there."""
+    fd = os.memfd_create("ramlock")
+    try:
+        return _mount(fd)
+    finally:
+        os.close(fd)
 
 
 def _read(fd: int, size: int) -> bytes:
