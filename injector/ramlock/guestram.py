@@ -10,9 +10,11 @@ again.
 
 import struct
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ramlock.deadline import Deadline
 from ramlock.errors import CannotInject, GuestRamMismatch
 from ramlock.memory import Mapping, Memory, Object
 from ramlock.sizes import format_size
@@ -24,6 +26,8 @@ _BLOCK_SIZE = 352
 _HOST, _USED, _MAX, _ID, _ID_SIZE, _NEXT, _BACK = 24, 48, 56, 76, 256, 336, 344
 _SMALLEST_PAGE = 256  # of any machine that QEMU emulates
 _TRIES, _PAUSE = 20, 0.01
+_TIME = 1.0
+"""Seconds that all tries may take together; a list as it should be takes a millisecond."""
 
 Read = Callable[[int, int], bytes]
 """Reads that many bytes at an address of the target. Raises OSError."""
@@ -81,7 +85,13 @@ def parse_block(data: bytes) -> tuple[Block, int, int]:
     return Block(name.decode("ascii"), host, used), forward, back
 
 
-def walk(read: Read, head: int, mapped: list[Area]) -> list[Block]:
+def _hold(areas: list[Area], block: Block) -> bool:
+    """Whether the block lies in one of the areas, which are in order."""
+    at = bisect_right(areas, (block.host, 1 << 64)) - 1
+    return at >= 0 and areas[at].start <= block.host and block.host + block.size <= areas[at].end
+
+
+def walk(read: Read, head: int, mapped: list[Area], deadline: Deadline | None = None) -> list[Block]:
     """Follow the list whose first pointer is at the address `head`.
 
     Raises Malformed when anything in it is not as it must be, OSError when memory cannot be read.
@@ -92,11 +102,13 @@ def walk(read: Read, head: int, mapped: list[Area]) -> list[Block]:
     while at:
         if at % 8 or at in seen or len(blocks) == BLOCKS_MOST:
             raise Malformed("a list without end")
+        if deadline is not None and deadline.expired:
+            raise Malformed("it takes too long to read")
         seen.add(at)
         block, forward, back = parse_block(read(at, _BLOCK_SIZE))
         if back != link:
             raise Malformed("a list that does not hold together")
-        if not any(area.start <= block.host and block.host + block.size <= area.end for area in mapped):
+        if not _hold(mapped, block):
             raise Malformed("memory that is not mapped")
         blocks.append(block)
         link, at = at + _NEXT, forward
@@ -106,7 +118,7 @@ def walk(read: Read, head: int, mapped: list[Area]) -> list[Block]:
     return blocks
 
 
-def find(read: Read, start: int, size: int, mapped: list[Area]) -> list[Block]:
+def find(read: Read, start: int, size: int, mapped: list[Area], deadline: Deadline | None = None) -> list[Block]:
     """Find the list in the variable `ram_list`, `size` bytes at `start`: the pointer in it that is pointed back to.
 
     Returns no blocks when there is no such pointer: there is no RAM yet. Raises Malformed and OSError.
@@ -117,7 +129,7 @@ def find(read: Read, start: int, size: int, mapped: list[Area]) -> list[Block]:
             continue
         try:
             if _pointer(read, first + _BACK) == head:
-                return walk(read, head, mapped)
+                return walk(read, head, mapped, deadline)
         except OSError:
             continue
     return []
@@ -131,11 +143,15 @@ def locate(memory: Memory, program: Object) -> list[Block] | None:
     symbol = program.find("ram_list")
     if symbol is None or symbol.size < 16:
         return None
+    deadline = Deadline(_TIME)
+    reason = ""
     for _ in range(_TRIES):
         try:
-            return find(memory.read, symbol.address, symbol.size, areas(memory.maps(), writable=False))
+            return find(memory.read, symbol.address, symbol.size, areas(memory.maps(), writable=False), deadline)
         except (Malformed, OSError) as error:
-            reason = str(error)
+            reason = reason or str(error)
+        if deadline.expired:
+            break
         time.sleep(_PAUSE)
     raise CannotInject(
         f"QEMU's list of RAM blocks in process {memory.pid} makes no sense: {reason}",
@@ -145,9 +161,12 @@ def locate(memory: Memory, program: Object) -> list[Block] | None:
 
 def parse_reply(reply: object) -> list[Block]:
     """Read the reply to query-ram-blocks. Raises GuestRamMismatch when it is none."""
-    if isinstance(reply, list):
+    if isinstance(reply, list) and len(reply) <= BLOCKS_MOST:
         try:
-            return [_replied(entry) for entry in reply]
+            blocks = [_replied(entry) for entry in reply]
+            names = [block.id for block in blocks if block.id]
+            if len({block.host for block in blocks}) == len(blocks) and len(set(names)) == len(names):
+                return blocks
         except (KeyError, TypeError, ValueError):
             pass
     raise GuestRamMismatch("the shim does not say where guest RAM is", "nothing was locked, and the shim was ejected")
@@ -164,7 +183,7 @@ def compare(inside: list[Block], outside: list[Block], maps: list[Mapping]) -> N
         if block not in known:
             others = [other for other in outside if other.id == block.id or other.host == block.host]
             seen = " and ".join(map(str, others)) or "nothing like it"
-        elif not any(area.start <= block.host and block.host + block.size <= area.end for area in writable):
+        elif not _hold(writable, block):
             seen = "memory there that is not writable"
         else:
             continue

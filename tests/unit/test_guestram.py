@@ -4,12 +4,14 @@
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ramlock import guestram
+from ramlock.deadline import Deadline
 from ramlock.errors import GuestRamMismatch
 from ramlock.guestram import Area, Block, Malformed
 from ramlock.memory import Mapping
@@ -185,3 +187,39 @@ def test_the_shims_reply() -> None:
     for reply in (None, {}, [1], [{}], [{**block, "id": 1}], [{**block, "host": -1}], [{**block, "size": True}], ["x"]):
         with pytest.raises(GuestRamMismatch, match="does not say"):
             guestram.parse_reply(reply)
+
+
+def test_many_areas_are_no_burden() -> None:
+    """A hostile process has as many mappings and blocks as it can."""
+    mapped = [Area(0x10000000 + 0x2000 * i, 0x10001000 + 0x2000 * i) for i in range(65000)]
+    blocks = [Block(f"b{i}", mapped[-1 - i].start, 4096) for i in range(guestram.BLOCKS_MOST)]
+    pieces = space(blocks).pieces
+
+    class Counted(list[Area]):
+        def __iter__(self) -> Any:
+            raise AssertionError("all of them are looked at")
+
+    def read(address: int, size: int) -> bytes:
+        start = RAM_LIST if address < 0x2000 else address - (address - 0x200000) % 0x400
+        return bytes(pieces[start][address - start : address - start + size])
+
+    assert guestram.walk(read, HEAD, Counted(mapped)) == blocks
+    with pytest.raises(Malformed, match="not mapped"):
+        guestram.walk(read, HEAD, Counted(mapped[:-1]))
+    with pytest.raises(Malformed, match="too long"):
+        guestram.walk(read, HEAD, mapped, Deadline(0))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [Block("pc.ram", 4096, 4096)] * 2,
+        [Block("pc.ram", 4096, 4096), Block("pc.ram", 8192, 4096)],
+        [Block("pc.ram", 4096, 4096), Block("pc.bios", 4096, 8192)],
+        [Block("", 4096 * i, 4096) for i in range(guestram.BLOCKS_MOST + 1)],
+    ],
+    ids=["twice", "one-name", "one-place", "too-many"],
+)
+def test_a_reply_with_too_much_in_it(blocks: list[Block]) -> None:
+    with pytest.raises(GuestRamMismatch, match="does not say"):
+        guestram.parse_reply([block._asdict() for block in blocks])

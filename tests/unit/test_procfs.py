@@ -163,3 +163,39 @@ def test_a_pin_sees_the_end() -> None:
 def test_a_long_command_line_is_cut(tmp_path: Path) -> None:
     (make(tmp_path, 7) / "cmdline").write_bytes(b"x" * (procfs.MAX_FILE * 2))
     assert sum(map(len, procfs.read(7, tmp_path).cmdline)) <= procfs.MAX_FILE
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ((), False),
+        (("-sandbox", "on"), True),
+        (("--sandbox", "on,spawn=deny"), True),
+        (("-sandbox", "enable=on"), True),
+        (("-sandbox", "off"), False),
+        (("-sandbox", "on", "-sandbox", "off"), False),
+        (("-sandbox",), False),
+    ],
+)
+def test_sandboxed(words: tuple[str, ...], wanted: bool) -> None:
+    assert procfs.sandboxed(("qemu-system-x86_64", *words)) is wanted
+
+
+def test_seccomp_and_stack_limit_and_stops(tmp_path: Path) -> None:
+    folder = tmp_path / "1"
+    (folder / "task/1").mkdir(parents=True)
+    (folder / "task/2").mkdir()
+    (folder / "limits").write_text("Max stack size             8388608              unlimited            bytes\n")
+    (folder / "status").write_text("Seccomp:\t2\nSeccomp_filters:\t3\nShdPnd:\t0000000000000000\n")
+    (folder / "task/2/stat").write_text("2 (a) b) S 1 1")
+    assert procfs.seccomp(1, tmp_path) == (2, 3)
+    assert procfs.stack_limit(1, tmp_path) == 8 << 20
+    assert not procfs.stopping(1, tmp_path)
+    (folder / "task/2/stat").write_text("2 (a) b) T 1 1")
+    assert procfs.stopping(1, tmp_path)
+    (folder / "status").write_text("Seccomp:\t2\nShdPnd:\t0000000000040000\n")
+    assert procfs.seccomp(1, tmp_path) == (2, None)
+    (folder / "task/2/stat").unlink()
+    assert procfs.stopping(1, tmp_path)
+    with pytest.raises(NotFound):
+        procfs.seccomp(2, tmp_path)
