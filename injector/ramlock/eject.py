@@ -3,7 +3,7 @@
 
 import time
 
-from ramlock import kept, place, procfs, vms
+from ramlock import place, procfs, vms
 from ramlock.deadline import Deadline
 from ramlock.errors import NoAnswer
 
@@ -18,10 +18,9 @@ def serves(pid: int) -> bool:
     return any(name in _THREADS for name in procfs.threads(pid))
 
 
-def eject(vm: vms.Vm, timeout: float = GOING_TIME, *, keep_books: bool = False) -> None:
+def eject(vm: vms.Vm, timeout: float = GOING_TIME) -> None:
     """Have the shim unlock everything and leave, and wait until it has. The object stays mapped.
 
-    With `keep_books` those of an upgrade that goes on are left, for another shim to take over.
     Raises NoAnswer when it is still there after `timeout` seconds.
     """
     vm.client.execute("ramlock-eject", deadline=Deadline(vms.ANSWER_TIME))
@@ -29,8 +28,6 @@ def eject(vm: vms.Vm, timeout: float = GOING_TIME, *, keep_books: bool = False) 
         process = procfs.read(vm.pid)
         wait_gone(vm.pid, timeout)
         place.remove(process)
-        if not keep_books:
-            kept.remove(process)
 
 
 def wait_gone(pid: int, timeout: float) -> None:

@@ -174,7 +174,7 @@ def _install(stack: ExitStack, plan: _Plan, options: Options, handed: dict[str, 
         source = _compare(vm, process, plan.blocks)
     except Refused:
         with suppress(RamlockError):
-            eject.eject(vm, keep_books=True)
+            eject.eject(vm)
         raise
     if handed is not None:
         _adopt(vm, handed)
@@ -272,6 +272,11 @@ def _upgrade(
             _bring_back(plan, options, former, handed)
         except (RamlockError, OSError) as second:
             error.add_note(f"the former shim was not started again: {second}")
+        if isinstance(error, CommandError):
+            raise ControlError(
+                f"the new shim in process {pid} does not take over what is locked: {error.desc}",
+                "it stays locked and written down; the next ramlock inject tries again",
+            ) from error
         raise
     kept.remove(process)
     return found, outcome._replace(replaced=old)

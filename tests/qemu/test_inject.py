@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ramlock import __version__, guestram, install, kept, loaded, memory, procfs
-from ramlock.errors import CannotInject, ControlError, GuestRamMismatch, NotFound, Refused
+from ramlock.errors import CannotInject, CommandError, ControlError, GuestRamMismatch, NotFound, Refused
 from ramlock.teststeps import STEPS
 from tests.conftest import Need
 from tests.qemu import truth
@@ -532,8 +532,32 @@ def test_books_that_no_shim_takes_are_kept() -> None:
         assert "unadopted" in inject(guest)
         assert file.exists()
         assert ramlock("eject", "--pid", guest.pid).returncode == 0
-        assert not file.exists()
+        assert file.exists()
+        file.unlink()
         assert "unadopted" not in inject(guest)
+
+
+def test_a_new_shim_that_takes_no_books(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays, what was locked stays locked, and the next one who comes has it adopted."""
+    with Guest(how="plain") as guest:
+        inject(guest, "--guarantee", "32M")
+        adopt = install._adopt
+
+        def refuse(vm: Any, handed: Any) -> None:
+            monkeypatch.setattr(install, "_adopt", adopt)
+            raise CommandError("[range] made up", reason="range")
+
+        monkeypatch.setattr(install, "_adopt", refuse)
+        environ = {**os.environ, "RAMLOCK_SHIM": str(other)}
+        with (
+            pytest.raises(ControlError, match="does not take over"),
+            install.installed(guest.pid, install.Options(upgrade=True), environ),
+        ):
+            pass
+        assert Path(f"/run/ramlock/{guest.pid}.books").exists()
+        inject(guest)
+        assert not Path(f"/run/ramlock/{guest.pid}.books").exists()
+        assert_holds(guest, 32 * MIB)
 
 
 def test_no_upgrade_where_nothing_can_be_kept(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,8 +204,13 @@ def test_it_is_killed_meanwhile(victim: Victim, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_who_does_not_stop_is_not_seized_again(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
-    seized = []
-    monkeypatch.setattr(tracee.Tracee, "seize", lambda self: seized.append(setattr(self, "_seized", True)))
+    seized: list[tracee.Tracee] = []
+
+    def seize(self: tracee.Tracee) -> None:
+        self._seized = True
+        seized.append(self)
+
+    monkeypatch.setattr(tracee.Tracee, "seize", seize)
     monkeypatch.setattr(tracee.Tracee, "stop", _never)
     with pytest.raises(NeverParked, match="in the kernel"):
         victim.inject(timeout=5)
