@@ -59,7 +59,9 @@ def test_one_in_another_namespace(tmp_path: Path) -> None:
         assert process.stdout is not None
         if not process.stdout.readline():
             absent("no user namespace can be made here")
-        assert memfd.find(process.pid, NAME) == 7
-        with pytest.raises(CannotInject, match="it is no memory file"):
-            memfd._fill(process.pid, 7, CONTENTS, Path("/proc"))
-        process.kill()
+        try:
+            assert memfd.find(process.pid, NAME) == 7
+            with pytest.raises(CannotInject, match="it is no memory file"):
+                memfd._fill(process.pid, 7, CONTENTS, Path("/proc"))
+        finally:
+            process.kill()

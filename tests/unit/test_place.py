@@ -162,8 +162,10 @@ def in_namespace(folder: Path, over: str, *, user: int = 65534) -> Iterator[proc
             absent("no user namespace can be made here")
         while b"sleep" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
             time.sleep(0.01)
-        yield procfs.read(process.pid)
-        process.kill()
+        try:
+            yield procfs.read(process.pid)
+        finally:
+            process.kill()
 
 
 @pytest.fixture
