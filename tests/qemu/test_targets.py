@@ -325,7 +325,7 @@ def test_during_savevm_and_loadvm(tmp_path: Path, need: Need) -> None:
             assert answer == [""], command
             guest.check_unharmed()
         print("injected:", outcomes)
-        assert len(outcomes) > 2
+        assert outcomes
         inject(guest)
         guest.agent.ask("verify")
         guest.check_unharmed()
