@@ -167,7 +167,9 @@ def _install(stack: ExitStack, plan: _Plan, options: Options, handed: dict[str, 
     """Inject, and compare; `handed` is what a former shim has left to be adopted."""
     process = plan.process
     plan.pin.check()
-    path = plan.way.path or memfd.provide(process.pid, plan.file.path, plan.file.build_id, options.timeout)
+    path = plan.way.path or memfd.provide(
+        process.pid, plan.file.path, plan.file.build_id, options.timeout, pin=plan.pin
+    )
     cost = _inject(plan, path, options)
     vm = stack.enter_context(vms.talk(_await(process, path, plan.where)))
     try:

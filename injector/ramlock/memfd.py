@@ -26,17 +26,19 @@ _APPEARS = 5.0
 _POLL = 0.0005
 
 
-def provide(pid: int, shim: Path, build_id: str, timeout: float, proc: Path = procfs.PROC) -> str:
+def provide(
+    pid: int, shim: Path, build_id: str, timeout: float, proc: Path = procfs.PROC, pin: procfs.Pin | None = None
+) -> str:
     """Return the path under which `pid` can open a memory file that holds the file `shim`.
 
     Waits at most `timeout` seconds for the main thread to be parked. Raises what detour.send() raises; CannotInject
-    also when no such file can be made or filled.
+    also when no such file can be made or filled. `pin` is the process that is meant.
     """
     contents = shim.read_bytes()
     name = f"ramlock-{build_id}"
     number = find(pid, name, proc)
     if number is None:
-        _make(pid, shim, name, timeout)
+        _make(pid, shim, name, timeout, pin)
         number = _wait(pid, name, proc)
     _fill(pid, number, contents, proc)
     return f"/proc/self/fd/{number}"
@@ -69,7 +71,7 @@ def flags(proc: Path = procfs.PROC) -> int:
     return _CLOEXEC | _ALLOW_SEALING
 
 
-def _make(pid: int, shim: Path, name: str, timeout: float) -> None:
+def _make(pid: int, shim: Path, name: str, timeout: float, pin: procfs.Pin | None) -> None:
     code = detour.load_code(shim)
     wanted = flags()
 
@@ -77,6 +79,8 @@ def _make(pid: int, shim: Path, name: str, timeout: float) -> None:
         return x86_64.memfd_call(regs, os.fsencode(name), wanted)
 
     with Memory(pid, write=True) as memory:
+        if pin is not None:
+            pin.check()
         program = Object(memory, loaded.executable(memory, memory.maps()).start)
         detour.send(memory, program, code, code.memfd, build, timeout)
 
