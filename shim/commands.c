@@ -320,6 +320,10 @@ static void ramlock_adopt(struct commands *c, struct json_object *arguments, str
 	struct wish wish;
 	int err;
 
+	if (c->eject) {
+		qmp_fail(r, NULL, "the shim is leaving");
+		return;
+	}
 	json_object_object_get_ex(arguments, "books", &books);
 	json_object_object_get_ex(arguments, "wish", &wish_object);
 	if (!books || !wish_object || !read_wish(wish_object, &wish) || !read_extents(books, "held", &b->held) ||

@@ -29,6 +29,14 @@
 
 enum { BACKLOG = 16, PAUSE_MS = 500 };
 
+static uint64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
 /* ---- The socket's file ---- */
 
 /* Makes @dir if need be, and checks that nobody else can put a socket there. Returns 0 or -errno. */
@@ -164,6 +172,15 @@ static int bind_listener(struct control *c)
 	return lstat(c->address.sun_path, &c->file) ? -errno : 0;
 }
 
+/* Whether bind() has worked, though something after it has not. */
+static bool is_bound(const struct control *c)
+{
+	struct sockaddr_un name = { 0 };
+	socklen_t size = sizeof(name);
+
+	return !getsockname(c->listener, (struct sockaddr *)&name, &size) && name.sun_path[0];
+}
+
 int control_bind(struct control *c, void (*warn)(const char *fmt, ...))
 {
 	int err = 0;
@@ -177,6 +194,8 @@ int control_bind(struct control *c, void (*warn)(const char *fmt, ...))
 		err = bind_listener(c);
 	if (err) {
 		warn("no control socket at '%s': %s", c->address.sun_path, strerror(-err));
+		if (err != -EADDRINUSE && c->listener >= 0 && is_bound(c))
+			unlink(c->address.sun_path);
 		fd_close(c->listener);
 		c->listener = -1;
 		return err;
@@ -233,6 +252,7 @@ void control_deinit(struct control *c)
 	fd_close(c->listener);
 	fd_close(c->wake);
 	fd_close(c->epoll);
+	c->listener = c->wake = c->epoll = -1;
 }
 
 /* Takes new clients, or none for a while. */
@@ -255,6 +275,14 @@ int control_listen(struct control *c)
 		return -errno;
 	c->listening = true;
 	return 0;
+}
+
+bool control_drained(const struct control *c)
+{
+	for (size_t i = 0; i < CLIENTS_MAX; i++)
+		if (c->clients[i].fd >= 0 && c->clients[i].qmp.out_size)
+			return false;
+	return true;
 }
 
 void control_poke(struct control *c)
@@ -309,14 +337,6 @@ static bool flush(struct control *c, struct client *client)
 	return true;
 }
 
-static uint64_t now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
-
 /* Whether the peer may connect, by the kernel's word. */
 static bool may_connect(const struct config *config, int fd, bool *privileged)
 {
@@ -369,6 +389,7 @@ static void accept_client(struct control *c)
 		if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {
 			/* It stays readable: do not spin, but try again when a client has gone, or after a while. */
 			c->paused = true;
+			c->resume_ms = now_ms() + PAUSE_MS;
 			watch_listener(c, false);
 		}
 		return;
@@ -431,7 +452,7 @@ void control_wait(struct control *c, int timeout_ms)
 	n = epoll_wait(c->epoll, ready, CLIENTS_MAX + 2, timeout_ms);
 	if (n < 0 && errno != EINTR)
 		usleep(PAUSE_MS * 1000); /* cannot be; but do not spin in somebody's VM */
-	if (n == 0 && c->paused) {
+	if (c->paused && now_ms() >= c->resume_ms) {
 		c->paused = false;
 		watch_listener(c, true);
 	}

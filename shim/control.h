@@ -34,6 +34,7 @@ struct control {
 	int wake; /* eventfd: another thread has news */
 	int listener;
 	bool listening, paused;
+	uint64_t resume_ms; /* when a paused listener is tried again */
 	struct sockaddr_un address; /* of `listener`; empty path: not bound */
 	struct stat file; /* what bind() made at `address` */
 	pid_t owner; /* the process that bound it, and may remove it */
@@ -58,6 +59,9 @@ int control_listen(struct control *c);
 
 /* Removes the socket's file if this process made it and it is still the same. */
 void control_unlink(struct control *c);
+
+/* Whether all that was said to clients has been sent. */
+bool control_drained(const struct control *c);
 
 /* Makes control_wait() return. Any thread, and also QEMU's: it only writes to an eventfd. */
 void control_poke(struct control *c);

@@ -336,10 +336,10 @@ static void carry_out(struct locker *l, const struct step *s)
 	}
 	if (o.shortage) {
 		l->plan_valid = false;
-		if (generation == l->generation)
+		if (generation == l->generation && layout_generation == l->layout_generation)
 			go_short(l, o.shortage, o.text);
 		else
-			l->state = working; /* a new wish deserves a try of its own */
+			l->state = working; /* a new wish, or other RAM, deserves a try of its own */
 		return;
 	}
 	account(l, s, &o);
@@ -573,12 +573,13 @@ static bool overlap(struct range a, struct range b)
 	return a.start < b.end && b.start < a.end;
 }
 
-void locker_remove(struct locker *l, struct range gone)
+bool locker_remove(struct locker *l, struct range gone)
 {
 	uint64_t deadline = now_ns() + REMOVE_WAIT_NS;
-	bool known = false;
+	bool known = false, ours;
 
 	pthread_mutex_lock(&l->mutex);
+	ours = extents_overlap(&l->books.held, gone) > extents_overlap(&l->books.foreign, gone);
 	for (size_t i = 0; i < l->layout.n; i++) {
 		struct ram_block *b = &l->layout.v[i];
 
@@ -600,6 +601,7 @@ void locker_remove(struct locker *l, struct range gone)
 				break;
 	}
 	pthread_mutex_unlock(&l->mutex);
+	return ours;
 }
 
 bool locker_wants_more(struct locker *l)

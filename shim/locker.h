@@ -108,9 +108,9 @@ void locker_suspend(struct locker *l, bool suspended);
 
 /*
  * [gone] is about to be unmapped: forgets it, and waits until no step works on it. At most 100 ms: the caller is QEMU's
- * main thread. A step that takes longer is past its mlock2() then, and only populates.
+ * main thread. Returns whether some of it was locked by us. A step that takes longer is past its mlock2() then, and only populates.
  */
-void locker_remove(struct locker *l, struct range gone);
+bool locker_remove(struct locker *l, struct range gone);
 
 /* Whether nothing is held and nothing is wished for. */
 bool locker_is_released(struct locker *l);

@@ -17,7 +17,7 @@
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 #include <linux/magic.h>
@@ -329,9 +329,9 @@ static void on_resized(void *n, void *host, size_t old_size, size_t new_size)
 {
 	(void)n;
 	if (new_size < old_size) {
-		/* The mapping stays, so a lock would too. */
-		watcher.removed(watcher.opaque, host_range((char *)host + new_size, old_size - new_size));
-		munlock((char *)host + new_size, old_size - new_size);
+		/* The mapping stays, so a lock of ours would too. */
+		if (watcher.removed(watcher.opaque, host_range((char *)host + new_size, old_size - new_size)))
+			syscall(SYS_munlock, (char *)host + new_size, old_size - new_size);
 	}
 	watcher.changed(watcher.opaque);
 }

@@ -13,8 +13,11 @@ struct qemu_watcher {
 	void *opaque;
 	/* RAM appeared or grew: look again, but not from inside this call. */
 	void (*changed)(void *opaque);
-	/* [gone] is about to be unmapped: must not be touched after the call returns. */
-	void (*removed)(void *opaque, struct range gone);
+	/*
+	 * [gone] is about to be unmapped, or no RAM any more: must not be touched after the call returns. Returns whether some of
+	 * it may be locked by us.
+	 */
+	bool (*removed)(void *opaque, struct range gone);
 };
 
 struct qemu {

@@ -162,7 +162,8 @@ int qmp_init(struct qmp *q, const struct qmp_server *server)
 
 void qmp_deinit(struct qmp *q)
 {
-	json_tokener_free(q->tokener);
+	if (q->tokener) /* json-c before 0.17 does not take NULL */
+		json_tokener_free(q->tokener);
 	free(q->out);
 	*q = (struct qmp){ 0 };
 }

@@ -47,6 +47,7 @@ enum {
 	LOOK_AGAIN_MIN_MS = 20,
 	LOOK_AGAIN_MAX_MS = 1000,
 	LOOK_NOW_MS = 100, /* the longest that a command waits for QEMU's main loop */
+	DRAIN_MS = 5000, /* the longest that a leaving shim waits for a client to read its replies */
 	BUSY_MS = 500, /* for so long, commands do not wait again for a main loop that was busy */
 	STACK_BYTES = 256 << 10, /* with -overcommit mem-lock=on all of it gets locked */
 };
@@ -107,6 +108,15 @@ __attribute__((format(printf, 1, 2))) static void warn(const char *fmt, ...)
 
 /* ---- On QEMU's main thread ---- */
 
+/* From QEMU's main thread: eject() may be closing the descriptor, whose number another thread may get. */
+static void poke(struct shim *s)
+{
+	pthread_mutex_lock(&s->looking);
+	if (s->control.wake >= 0)
+		control_poke(&s->control);
+	pthread_mutex_unlock(&s->looking);
+}
+
 static void ram_changed(void *opaque)
 {
 	struct shim *s = opaque;
@@ -114,15 +124,14 @@ static void ram_changed(void *opaque)
 	if (!atomic_load(&s->active))
 		return; /* ejected: QEMU still calls, since a notifier may outlive us */
 	atomic_store(&s->dirty, true);
-	control_poke(&s->control);
+	poke(s);
 }
 
-static void ram_removed(void *opaque, struct range gone)
+static bool ram_removed(void *opaque, struct range gone)
 {
 	struct shim *s = opaque;
 
-	if (atomic_load(&s->active))
-		locker_remove(&s->locker, gone);
+	return atomic_load(&s->active) && locker_remove(&s->locker, gone);
 }
 
 /*
@@ -177,7 +186,7 @@ static void look(void *opaque)
 	atomic_store(&s->scheduled, false);
 	pthread_cond_signal(&s->looked);
 	pthread_mutex_unlock(&s->looking);
-	control_poke(&s->control);
+	poke(s);
 }
 
 /* ---- The control thread ---- */
@@ -303,7 +312,9 @@ static void eject(struct shim *s)
 	pthread_mutex_lock(&s->binding);
 	control_unlink(&s->control);
 	pthread_mutex_unlock(&s->binding);
+	pthread_mutex_lock(&s->looking);
 	control_deinit(&s->control);
+	pthread_mutex_unlock(&s->looking);
 	stepper_deinit(&s->locker.stepper);
 	atomic_store(&s->active, false); /* ramlock_start() may come from now on */
 }
@@ -339,6 +350,9 @@ static void *control_run(void *arg)
 		control_wait(&s->control, find_ram(s));
 		commands_events(&s->commands, control_event, &s->control);
 	} while (!s->commands.eject || !(s->commands.keep || locker_is_released(&s->locker)));
+	/* What was handed over is in the reply alone: let it go out. */
+	for (int64_t until = now_ms() + DRAIN_MS; !control_drained(&s->control) && now_ms() < until;)
+		control_wait(&s->control, LOOK_AGAIN_MIN_MS);
 	eject(s);
 	return NULL;
 }
