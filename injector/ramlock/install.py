@@ -6,6 +6,7 @@ from outside, and only then lock anything. Everything may be done again: who com
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -256,16 +257,21 @@ def _upgrade(
         )
     with kept.Room(process) as room:
         step("hand-over")
+        # From the reply on, until they are written down, the books are here alone.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
             handed = vm.client.execute("ramlock-eject", {"keep": True}, deadline=Deadline(vms.ANSWER_TIME))
         except CommandError:
             raise Refused(f"ramlock {old} in process {pid} cannot be replaced while it holds memory", _OUT) from None
-        if not isinstance(handed, dict):
-            raise ControlError(
-                "the former shim handed nothing over", "what it had locked stays locked until the VM ends"
-            )
-        with suppress(OSError):  # the best that can be done now is to go on
-            room.fill(handed)
+        else:
+            if not isinstance(handed, dict):
+                raise ControlError(
+                    "the former shim handed nothing over", "what it had locked stays locked until the VM ends"
+                )
+            with suppress(OSError):  # the best that can be done now is to go on
+                room.fill(handed)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         eject.wait_gone(pid, eject.GOING_TIME)
         found, outcome = _install(stack, plan, options, handed)

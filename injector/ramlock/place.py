@@ -127,8 +127,8 @@ def sweep(proc: Path = procfs.PROC, run: Path = RUN) -> None:
         folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         stack.callback(os.close, folder)
         for entry in os.listdir(folder):
-            found = re.fullmatch(r"(\d+)(\.sock|\.books)?", entry, re.ASCII)
-            if found is None or (proc / found[1]).exists():
+            found = re.fullmatch(r"\.?(\d+)(\.sock|\.books)?", entry, re.ASCII)
+            if found is None or (entry[0] == "." and found[2] != ".books") or (proc / found[1]).exists():
                 continue
             with suppress(OSError):
                 if found[2] == ".books":
