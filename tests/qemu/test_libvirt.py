@@ -3,14 +3,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,7 @@ class Daemon:
         if self._process is None:
             return
         if self._process.poll() is None and self._pid.exists():
-            os.kill(int(self._pid.read_text()), 15)
+            os.kill(int(self._pid.read_text()), signal.SIGTERM)
         try:
             self._process.wait(20)
         finally:
@@ -104,14 +106,13 @@ def libvirt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if not shutil.which(command):
             absent(f"{command} is not here", PACKAGES)
     directory = tmp_path_factory.mktemp("libvirt")
-    daemons = []
-    try:
-        daemons.append(Daemon("virtlogd", "/run/libvirt/virtlogd-sock", directory))
-        daemons.append(Daemon("libvirtd", "/run/libvirt/libvirt-sock", directory))
+    with ExitStack() as stack:
+        # Another run of these tests must not come to use daemons that this one will stop.
+        lock = stack.enter_context(Path("/run/lock/ramlock-test-libvirt").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name, socket in (("virtlogd", "virtlogd-sock"), ("libvirtd", "libvirt-sock")):
+            stack.callback(Daemon(name, f"/run/libvirt/{socket}", directory).stop)
         yield
-    finally:
-        for daemon in reversed(daemons):
-            daemon.stop()
 
 
 class Domain:
@@ -156,11 +157,15 @@ def domain(request: pytest.FixtureRequest, libvirt: None, tmp_path: Path) -> Ite
     file = tmp_path / "domain.xml"
     file.write_text(DOMAIN.format(name=name, machine=request.param, emulator=emulator))
     virsh("create", str(file))
+    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    handle = os.pidfd_open(pid)
     try:
-        pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
         yield Domain(name, pid)
     finally:
         virsh("destroy", name, check=False)
+        with suppress(ProcessLookupError):  # it is still there only if libvirt failed
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)
 
 
 def test_a_vm_of_libvirts(domain: Domain) -> None:

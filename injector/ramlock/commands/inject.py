@@ -17,6 +17,7 @@ from ramlock.commands.common import (
     which_pid,
 )
 from ramlock.deadline import Deadline
+from ramlock.errors import Refused
 from ramlock.sizes import Size, format_size
 
 
@@ -89,6 +90,11 @@ def command(
         if size is not None:
             from ramlock.commands.set import place_and_follow
 
+            if outcome.source == "none":  # what could not be held against what is seen from outside is not locked
+                raise Refused(
+                    "the shim is in the VM, but its guest RAM is not known yet; nothing was locked",
+                    "try again when the VM has started",
+                )
             wish = guarantee.Wish(size, order, prefault)
             now = place_and_follow(found, wish, Deadline(None), wait=wait, patient=False)
         if as_json:
