@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -324,11 +323,3 @@ def _kill_stranger(pid: int) -> None:
         pass
     finally:
         os.close(handle)
-
-
-def foreign_socket(directory: Path) -> socket.socket:
-    """A listening socket that answers nothing: somebody else's."""
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(str(directory / "foreign.sock"))
-    server.listen()
-    return server
