@@ -13,27 +13,18 @@
  * Lock order: `mutex` is the only lock. QEMU's main thread takes it in bottom halves and RAM block notifiers, so it
  * is never held over a system call on guest RAM, nor over file reading.
  */
-#include "locker.h"
+#include "locker_inside.h"
 
 #include <assert.h>
 #include <errno.h>
-#include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <time.h>
 
-enum {
-	NS_PER_US = 1000,
-	NS_PER_MS = 1000 * 1000,
-	NS_PER_S = 1000 * 1000 * 1000,
-};
-
 static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
-static const uint64_t RETRY_MIN_NS = 1ULL * NS_PER_S;
 static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
-static const uint64_t REMOVE_WAIT_NS = 100 * NS_PER_MS;
 static const char *const state_names[] = {
 	[LOCKER_WAITING] = "waiting",	  [LOCKER_IDLE] = "idle",   [LOCKER_LOCKING] = "locking",
 	[LOCKER_UNLOCKING] = "unlocking", [LOCKER_SHORT] = "short",
@@ -51,7 +42,7 @@ static struct timespec timespec_of(uint64_t ns)
 }
 
 /* Waits on @cond until @deadline_ns of CLOCK_MONOTONIC. Returns ETIMEDOUT or 0. */
-static int wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline_ns)
+int locker_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline_ns)
 {
 	struct timespec t = timespec_of(deadline_ns);
 
@@ -82,7 +73,7 @@ static void raise_event(struct locker *l, enum locker_event event)
 }
 
 /* The bytes that should be held now. */
-static uint64_t target(const struct locker *l)
+uint64_t locker_target(const struct locker *l)
 {
 	if (l->wish.all || l->wish.lock_ram_size > l->layout.total)
 		return l->layout.total;
@@ -104,7 +95,7 @@ static void choose(struct locker *l, struct step *s)
 	*s = (struct step){ .kind = STEP_NONE, .prefault = l->wish.prefault };
 	if (!l->known)
 		return;
-	want = target(l);
+	want = locker_target(l);
 	if (held < want) {
 		const struct ram_block *b;
 		uint64_t chunk = l->wish.prefault ? PACER_CHUNK : PACER_CHUNK_ON_FAULT;
@@ -158,27 +149,6 @@ static void choose(struct locker *l, struct step *s)
 
 /* ---- Planning ---- */
 
-/* Bytes of @r that are on-fault locked and not resident. */
-static uint64_t count_absent(const struct extents *on_fault, struct range r)
-{
-	unsigned char vec[4096];
-	uint64_t absent = 0;
-	struct range part;
-
-	for (; extents_part(on_fault, r, &part); r.start = part.end) {
-		for (uint64_t at = part.start; at < part.end; at += sizeof(vec) * 4096) {
-			uint64_t rest = part.end - at;
-			uint64_t pages = rest / 4096 < sizeof(vec) ? rest / 4096 : sizeof(vec);
-
-			if (mincore((void *)(uintptr_t)at, pages * 4096, vec))
-				memset(vec, 0, sizeof(vec));
-			for (uint64_t i = 0; i < pages; i++)
-				absent += (vec[i] & 1) ? 0 : 4096;
-		}
-	}
-	return absent;
-}
-
 struct residency {
 	struct locker *locker;
 	uint64_t generation, layout_generation;
@@ -211,7 +181,7 @@ static bool make_plan(struct locker *l)
 	static struct extents held, on_fault;
 	struct residency r = { l, l->generation, l->layout_generation };
 	bool stale = !plan_is_current(l);
-	uint64_t need = target(l) - l->books.held.total;
+	uint64_t need = locker_target(l) - l->books.held.total;
 	enum order order = l->wish.order;
 	uint64_t counted = books_in_vm_locked(&l->books, &l->layout);
 	int64_t vm_locked;
@@ -224,7 +194,7 @@ static bool make_plan(struct locker *l)
 	pthread_mutex_unlock(&l->mutex);
 
 	vm_locked = headroom_vm_locked(&l->stepper.headroom);
-	l->stepper.owed = count_absent(&on_fault, (struct range){ 0, UINT64_MAX });
+	l->stepper.owed = locker_count_absent(&on_fault, (struct range){ 0, UINT64_MAX });
 	l->stepper.others_lock = vm_locked < 0 || (uint64_t)vm_locked > counted;
 
 	plan_clear(&l->plan);
@@ -362,7 +332,7 @@ static void wait_short(struct locker *l)
 	uint64_t deadline = now_ns() + l->retry_ns;
 
 	while (!l->stop && generation == l->generation && layout_generation == l->layout_generation)
-		if (wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
+		if (locker_wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
 			break;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
 	l->stepper.credit = 0;
@@ -416,344 +386,10 @@ void *locker_run(void *arg)
 	return NULL;
 }
 
-/* ---- What others ask; any thread but the locker's ---- */
-
-/* Bytes of hugetlb blocks that are not held: locking them takes nothing from RLIMIT_MEMLOCK. */
-static uint64_t free_hugetlb(const struct locker *l)
-{
-	uint64_t sum = 0;
-
-	for (size_t i = 0; i < l->layout.n; i++)
-		if (l->layout.v[i].backing == BACKING_HUGETLB)
-			sum += range_size(l->layout.v[i].host) - extents_overlap(&l->books.held, l->layout.v[i].host);
-	return sum;
-}
-
-static int check_wish(const struct locker *l, const struct wish *w, uint64_t limit, int64_t vm_locked,
-		      char text[SHORT_TEXT])
-{
-	uint64_t want = w->all ? l->layout.total : w->lock_ram_size;
-	uint64_t counted, others, need;
-
-	if (!want)
-		return 0;
-	if (!l->known) {
-		snprintf(text, SHORT_TEXT, "guest RAM is not known yet");
-		return -EAGAIN;
-	}
-	if (!l->layout.total) {
-		snprintf(text, SHORT_TEXT, "this VM has no guest RAM");
-		return -ENODEV;
-	}
-	if (want > l->layout.total) {
-		snprintf(text, SHORT_TEXT, "size is above guest RAM, which is %" PRIu64 " bytes", l->layout.total);
-		return -ERANGE;
-	}
-	if (limit == UINT64_MAX || want <= l->books.held.total)
-		return 0;
-	counted = books_in_vm_locked(&l->books, &l->layout);
-	others = vm_locked > (int64_t)counted ? (uint64_t)vm_locked - counted : 0;
-	need = want - l->books.held.total;
-	/* What others have locked may be the very bytes that are needed: the thread will see. */
-	if (need > free_hugetlb(l) + others && counted + others + (need - free_hugetlb(l)) > limit) {
-		snprintf(text, SHORT_TEXT, "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64
-			 " bytes, and %" PRIu64 " are locked already", limit, counted + others);
-		return -EPERM;
-	}
-	return 0;
-}
-
-/* Says at once what the thread will find when it wakes: a query right after a change must not read "idle". */
-static void expect_work(struct locker *l)
-{
-	uint64_t want = target(l);
-
-	if (!l->known)
-		return;
-	if (l->books.held.total < want || (l->books.held.total == want && l->wish.prefault && l->books.on_fault.total))
-		l->state = LOCKER_LOCKING;
-	else if (l->books.held.total > want)
-		l->state = LOCKER_UNLOCKING;
-	else if (l->state == LOCKER_SHORT)
-		l->state = LOCKER_LOCKING; /* until the thread has looked */
-	pthread_cond_signal(&l->wake);
-}
-
-static void accept_wish(struct locker *l, const struct wish *w)
-{
-	l->wish = *w;
-	l->generation++;
-	pacer_reset(&l->pacer);
-	l->began_ns = l->progress_ns = now_ns();
-	l->ended_ns = 0;
-	l->done_bytes = 0;
-	l->retry_ns = RETRY_MIN_NS;
-	expect_work(l);
-}
-
-void locker_suspend(struct locker *l, bool suspended)
-{
-	pthread_mutex_lock(&l->mutex);
-	if (l->suspended != suspended) {
-		l->suspended = suspended;
-		l->layout_generation++; /* what was planned, or waited for, is to be thought over */
-		expect_work(l);
-	}
-	pthread_mutex_unlock(&l->mutex);
-}
-
-/*
- * Drops from the books what the kernel does not have: a munlockall() of QEMU's own, as at the beginning of an incoming
- * postcopy, takes every lock at once. Reads VmLck between two looks that no step may come between.
- */
-static void check_books(struct locker *l)
-{
-	uint64_t n_steps;
-	int64_t vm_locked;
-	bool busy;
-
-	pthread_mutex_lock(&l->mutex);
-	n_steps = l->n_steps;
-	busy = range_size(l->in_flight);
-	pthread_mutex_unlock(&l->mutex);
-	if (busy)
-		return;
-	vm_locked = headroom_vm_locked(&l->stepper.headroom);
-	pthread_mutex_lock(&l->mutex);
-	if (n_steps == l->n_steps && vm_locked >= 0 &&
-	    vm_locked < (int64_t)books_in_vm_locked(&l->books, &l->layout)) {
-		for (size_t i = 0; i < l->layout.n; i++)
-			if (l->layout.v[i].backing != BACKING_HUGETLB)
-				books_remove(&l->books, l->layout.v[i].host);
-		l->layout_generation++;
-		expect_work(l);
-	}
-	pthread_mutex_unlock(&l->mutex);
-}
-
-int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
-{
-	uint64_t limit = headroom_memlock_limit(&l->stepper.headroom);
-	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
-	int err;
-
-	check_books(l);
-	pthread_mutex_lock(&l->mutex);
-	err = check_wish(l, wish, limit, vm_locked, text);
-	if (!err)
-		accept_wish(l, wish);
-	pthread_mutex_unlock(&l->mutex);
-	return err;
-}
-
-void locker_set_launch(struct locker *l, const struct wish *wish)
-{
-	pthread_mutex_lock(&l->mutex);
-	accept_wish(l, wish);
-	pthread_mutex_unlock(&l->mutex);
-}
-
-void locker_set_layout(struct locker *l, const struct ram_layout *layout)
-{
-	pthread_mutex_lock(&l->mutex);
-	if (!l->known || !layout_equal(&l->layout, layout)) {
-		l->layout = *layout;
-		l->known = true;
-		l->layout_generation++;
-		books_keep_layout(&l->books, layout);
-		expect_work(l);
-	}
-	pthread_mutex_unlock(&l->mutex);
-}
-
-static bool overlap(struct range a, struct range b)
-{
-	return a.start < b.end && b.start < a.end;
-}
-
-bool locker_remove(struct locker *l, struct range gone)
-{
-	uint64_t deadline = now_ns() + REMOVE_WAIT_NS;
-	bool known = false, ours;
-
-	pthread_mutex_lock(&l->mutex);
-	ours = extents_overlap(&l->books.held, gone) > extents_overlap(&l->books.foreign, gone);
-	for (size_t i = 0; i < l->layout.n; i++) {
-		struct ram_block *b = &l->layout.v[i];
-
-		if (!overlap(b->host, gone))
-			continue;
-		known = true;
-		if (b->host.start < gone.start)
-			b->host.end = gone.start; /* the block shrinks */
-		else
-			memmove(b, b + 1, (--l->layout.n - i--) * sizeof(*b));
-	}
-	if (known) {
-		layout_finish(&l->layout);
-		l->layout_generation++;
-		books_remove(&l->books, gone);
-		expect_work(l);
-		while (overlap(l->in_flight, gone))
-			if (wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
-				break;
-	}
-	pthread_mutex_unlock(&l->mutex);
-	return ours;
-}
-
-bool locker_wants_more(struct locker *l)
-{
-	bool more;
-
-	pthread_mutex_lock(&l->mutex);
-	more = l->wish.all || l->wish.lock_ram_size > l->layout.total;
-	pthread_mutex_unlock(&l->mutex);
-	return more;
-}
-
-bool locker_is_released(struct locker *l)
-{
-	bool released;
-
-	pthread_mutex_lock(&l->mutex);
-	released = !l->books.held.total && !l->wish.all && !l->wish.lock_ram_size;
-	pthread_mutex_unlock(&l->mutex);
-	return released;
-}
-
 void locker_stop(struct locker *l)
 {
 	pthread_mutex_lock(&l->mutex);
 	l->stop = true;
 	pthread_cond_signal(&l->wake);
 	pthread_mutex_unlock(&l->mutex);
-}
-
-void locker_give(const struct locker *l, struct books *books, struct wish *wish)
-{
-	*books = l->books;
-	*wish = l->wish;
-}
-
-/* Whether every range of @e consists of whole pages of one block of @layout, and of ranges of @within if given. */
-static bool is_guest_ram(const struct extents *e, const struct ram_layout *layout, const struct extents *within)
-{
-	for (size_t i = 0; i < e->n; i++) {
-		struct range rest = e->v[i];
-
-		if (within && extents_overlap(within, rest) != range_size(rest))
-			return false;
-		while (rest.start < rest.end) { /* blocks may lie side by side */
-			const struct ram_block *b = layout_find(layout, (struct range){ rest.start, rest.start + 1 });
-			uint64_t end;
-
-			if (!b)
-				return false;
-			end = rest.end < b->host.end ? rest.end : b->host.end;
-			if ((rest.start - b->host.start) % b->page_size || (end - b->host.start) % b->page_size)
-				return false;
-			rest.start = end;
-		}
-	}
-	return true;
-}
-
-int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish)
-{
-	uint64_t deadline = now_ns() + REMOVE_WAIT_NS;
-	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
-	int err = 0;
-
-	pthread_mutex_lock(&l->mutex);
-	l->layout_generation++; /* the step in flight is the last of its plan */
-	while (range_size(l->in_flight) && !err)
-		err = wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
-	if (!err && (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||
-		     !is_guest_ram(&books->foreign, &l->layout, &books->held) ||
-		     !is_guest_ram(&books->on_fault, &l->layout, &books->held) ||
-		     vm_locked < (int64_t)books_in_vm_locked(books, &l->layout)))
-		err = -EINVAL;
-	if (!err && books_merge(&l->books, books))
-		err = -EBUSY;
-	if (!err) {
-		/* A wish that came meanwhile is the newer one. */
-		const struct wish newer = l->wish;
-
-		accept_wish(l, newer.all || newer.lock_ram_size ? &newer : wish);
-	}
-	pthread_mutex_unlock(&l->mutex);
-	return err;
-}
-
-/* The part of a status that the mutex guards. */
-static void copy_status(const struct locker *l, struct locker_status *s, struct extents *on_fault)
-{
-	uint64_t end = l->ended_ns ? l->ended_ns : now_ns();
-	uint64_t want = target(l);
-	uint64_t left = want > l->books.held.total ? want - l->books.held.total : l->books.held.total - want;
-
-	s->wish = l->wish;
-	s->generation = l->generation;
-	s->state = l->state;
-	s->shortage = l->shortage;
-	memcpy(s->short_text, l->short_text, sizeof(s->short_text));
-	s->requested = l->wish.all ? l->layout.total : l->wish.lock_ram_size;
-	s->ram = l->layout.total;
-	s->armed = l->books.held.total;
-	s->extents = l->books.held.n;
-	s->n_blocks = l->layout.n;
-	for (size_t i = 0; i < l->layout.n; i++)
-		s->blocks[i] = (struct locker_block){
-			.block = l->layout.v[i],
-			.locked = extents_overlap(&l->books.held, l->layout.v[i].host),
-		};
-	s->step_max_us = l->pacer.max_us;
-	s->step_p99_us = pacer_p99_us(&l->pacer);
-	s->rate = end > l->began_ns ? (uint64_t)((double)l->done_bytes * NS_PER_S / (double)(end - l->began_ns)) : 0;
-	s->eta_s = s->rate ? (left + s->rate - 1) / s->rate : 0;
-	/* A step in flight may have been counted by the kernel already. */
-	s->foreign = books_in_vm_locked(&l->books, &l->layout) + range_size(l->in_flight);
-	*on_fault = l->books.on_fault;
-}
-
-/* Completes @s with what is asked of the kernel, without the mutex. */
-static void ask_kernel(const struct locker *l, struct locker_status *s, const struct extents *on_fault)
-{
-	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
-
-	s->foreign = vm_locked > (int64_t)s->foreign ? (uint64_t)vm_locked - s->foreign : 0;
-	s->memlock_limit = headroom_memlock_limit(&l->stepper.headroom);
-	s->locked = 0;
-	for (size_t i = 0; i < s->n_blocks; i++) {
-		s->blocks[i].locked -= count_absent(on_fault, s->blocks[i].block.host);
-		s->locked += s->blocks[i].locked;
-	}
-}
-
-void locker_query(struct locker *l, struct locker_status *s)
-{
-	struct extents on_fault;
-
-	check_books(l);
-	pthread_mutex_lock(&l->mutex);
-	copy_status(l, s, &on_fault);
-	pthread_mutex_unlock(&l->mutex);
-	ask_kernel(l, s, &on_fault);
-}
-
-unsigned int locker_take_events(struct locker *l, struct locker_status *s)
-{
-	struct extents on_fault;
-	unsigned int events;
-
-	pthread_mutex_lock(&l->mutex);
-	events = l->events;
-	l->events = 0;
-	if (events)
-		copy_status(l, s, &on_fault);
-	pthread_mutex_unlock(&l->mutex);
-	if (events)
-		ask_kernel(l, s, &on_fault);
-	return events;
 }

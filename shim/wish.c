@@ -1,0 +1,270 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What is asked of the lock thread: wishes, layouts, removals, a handover. Any thread but the locker's. */
+#include "locker_inside.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+static const uint64_t REMOVE_WAIT_NS = 100 * NS_PER_MS;
+
+/* Bytes of hugetlb blocks that are not held: locking them takes nothing from RLIMIT_MEMLOCK. */
+static uint64_t free_hugetlb(const struct locker *l)
+{
+	uint64_t sum = 0;
+
+	for (size_t i = 0; i < l->layout.n; i++)
+		if (l->layout.v[i].backing == BACKING_HUGETLB)
+			sum += range_size(l->layout.v[i].host) - extents_overlap(&l->books.held, l->layout.v[i].host);
+	return sum;
+}
+
+static int check_wish(const struct locker *l, const struct wish *w, uint64_t limit, int64_t vm_locked,
+		      char text[SHORT_TEXT])
+{
+	uint64_t want = w->all ? l->layout.total : w->lock_ram_size;
+	uint64_t counted, others, need;
+
+	if (!want)
+		return 0;
+	if (!l->known) {
+		snprintf(text, SHORT_TEXT, "guest RAM is not known yet");
+		return -EAGAIN;
+	}
+	if (!l->layout.total) {
+		snprintf(text, SHORT_TEXT, "this VM has no guest RAM");
+		return -ENODEV;
+	}
+	if (want > l->layout.total) {
+		snprintf(text, SHORT_TEXT, "size is above guest RAM, which is %" PRIu64 " bytes", l->layout.total);
+		return -ERANGE;
+	}
+	if (limit == UINT64_MAX || want <= l->books.held.total)
+		return 0;
+	counted = books_in_vm_locked(&l->books, &l->layout);
+	others = vm_locked > (int64_t)counted ? (uint64_t)vm_locked - counted : 0;
+	need = want - l->books.held.total;
+	/* What others have locked may be the very bytes that are needed: the thread will see. */
+	if (need > free_hugetlb(l) + others && counted + others + (need - free_hugetlb(l)) > limit) {
+		snprintf(text, SHORT_TEXT, "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64
+			 " bytes, and %" PRIu64 " are locked already", limit, counted + others);
+		return -EPERM;
+	}
+	return 0;
+}
+
+/* Says at once what the thread will find when it wakes: a query right after a change must not read "idle". */
+static void expect_work(struct locker *l)
+{
+	uint64_t want = locker_target(l);
+
+	if (!l->known)
+		return;
+	if (l->books.held.total < want || (l->books.held.total == want && l->wish.prefault && l->books.on_fault.total))
+		l->state = LOCKER_LOCKING;
+	else if (l->books.held.total > want)
+		l->state = LOCKER_UNLOCKING;
+	else if (l->state == LOCKER_SHORT)
+		l->state = LOCKER_LOCKING; /* until the thread has looked */
+	pthread_cond_signal(&l->wake);
+}
+
+static void accept_wish(struct locker *l, const struct wish *w)
+{
+	l->wish = *w;
+	l->generation++;
+	pacer_reset(&l->pacer);
+	l->began_ns = l->progress_ns = now_ns();
+	l->ended_ns = 0;
+	l->done_bytes = 0;
+	l->retry_ns = RETRY_MIN_NS;
+	expect_work(l);
+}
+
+void locker_suspend(struct locker *l, bool suspended)
+{
+	pthread_mutex_lock(&l->mutex);
+	if (l->suspended != suspended) {
+		l->suspended = suspended;
+		l->layout_generation++; /* what was planned, or waited for, is to be thought over */
+		expect_work(l);
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+/*
+ * Drops from the books what the kernel does not have: a munlockall() of QEMU's own, as at the beginning of an incoming
+ * postcopy, takes every lock at once. Reads VmLck between two looks that no step may come between.
+ */
+void locker_check_books(struct locker *l)
+{
+	uint64_t n_steps;
+	int64_t vm_locked;
+	bool busy;
+
+	pthread_mutex_lock(&l->mutex);
+	n_steps = l->n_steps;
+	busy = range_size(l->in_flight);
+	pthread_mutex_unlock(&l->mutex);
+	if (busy)
+		return;
+	vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	pthread_mutex_lock(&l->mutex);
+	if (n_steps == l->n_steps && vm_locked >= 0 &&
+	    vm_locked < (int64_t)books_in_vm_locked(&l->books, &l->layout)) {
+		for (size_t i = 0; i < l->layout.n; i++)
+			if (l->layout.v[i].backing != BACKING_HUGETLB)
+				books_remove(&l->books, l->layout.v[i].host);
+		l->layout_generation++;
+		expect_work(l);
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
+{
+	uint64_t limit = headroom_memlock_limit(&l->stepper.headroom);
+	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	int err;
+
+	locker_check_books(l);
+	pthread_mutex_lock(&l->mutex);
+	err = check_wish(l, wish, limit, vm_locked, text);
+	if (!err)
+		accept_wish(l, wish);
+	pthread_mutex_unlock(&l->mutex);
+	return err;
+}
+
+void locker_set_launch(struct locker *l, const struct wish *wish)
+{
+	pthread_mutex_lock(&l->mutex);
+	accept_wish(l, wish);
+	pthread_mutex_unlock(&l->mutex);
+}
+
+void locker_set_layout(struct locker *l, const struct ram_layout *layout)
+{
+	pthread_mutex_lock(&l->mutex);
+	if (!l->known || !layout_equal(&l->layout, layout)) {
+		l->layout = *layout;
+		l->known = true;
+		l->layout_generation++;
+		books_keep_layout(&l->books, layout);
+		expect_work(l);
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+static bool overlap(struct range a, struct range b)
+{
+	return a.start < b.end && b.start < a.end;
+}
+
+bool locker_remove(struct locker *l, struct range gone)
+{
+	uint64_t deadline = now_ns() + REMOVE_WAIT_NS;
+	bool known = false, ours;
+
+	pthread_mutex_lock(&l->mutex);
+	ours = extents_overlap(&l->books.held, gone) > extents_overlap(&l->books.foreign, gone);
+	for (size_t i = 0; i < l->layout.n; i++) {
+		struct ram_block *b = &l->layout.v[i];
+
+		if (!overlap(b->host, gone))
+			continue;
+		known = true;
+		if (b->host.start < gone.start)
+			b->host.end = gone.start; /* the block shrinks */
+		else
+			memmove(b, b + 1, (--l->layout.n - i--) * sizeof(*b));
+	}
+	if (known) {
+		layout_finish(&l->layout);
+		l->layout_generation++;
+		books_remove(&l->books, gone);
+		expect_work(l);
+		while (overlap(l->in_flight, gone))
+			if (locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
+				break;
+	}
+	pthread_mutex_unlock(&l->mutex);
+	return ours;
+}
+
+bool locker_wants_more(struct locker *l)
+{
+	bool more;
+
+	pthread_mutex_lock(&l->mutex);
+	more = l->wish.all || l->wish.lock_ram_size > l->layout.total;
+	pthread_mutex_unlock(&l->mutex);
+	return more;
+}
+
+bool locker_is_released(struct locker *l)
+{
+	bool released;
+
+	pthread_mutex_lock(&l->mutex);
+	released = !l->books.held.total && !l->wish.all && !l->wish.lock_ram_size;
+	pthread_mutex_unlock(&l->mutex);
+	return released;
+}
+
+void locker_give(const struct locker *l, struct books *books, struct wish *wish)
+{
+	*books = l->books;
+	*wish = l->wish;
+}
+
+/* Whether every range of @e consists of whole pages of one block of @layout, and of ranges of @within if given. */
+static bool is_guest_ram(const struct extents *e, const struct ram_layout *layout, const struct extents *within)
+{
+	for (size_t i = 0; i < e->n; i++) {
+		struct range rest = e->v[i];
+
+		if (within && extents_overlap(within, rest) != range_size(rest))
+			return false;
+		while (rest.start < rest.end) { /* blocks may lie side by side */
+			const struct ram_block *b = layout_find(layout, (struct range){ rest.start, rest.start + 1 });
+			uint64_t end;
+
+			if (!b)
+				return false;
+			end = rest.end < b->host.end ? rest.end : b->host.end;
+			if ((rest.start - b->host.start) % b->page_size || (end - b->host.start) % b->page_size)
+				return false;
+			rest.start = end;
+		}
+	}
+	return true;
+}
+
+int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish)
+{
+	uint64_t deadline = now_ns() + REMOVE_WAIT_NS;
+	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	int err = 0;
+
+	pthread_mutex_lock(&l->mutex);
+	l->layout_generation++; /* the step in flight is the last of its plan */
+	while (range_size(l->in_flight) && !err)
+		err = locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
+	if (!err && (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||
+		     !is_guest_ram(&books->foreign, &l->layout, &books->held) ||
+		     !is_guest_ram(&books->on_fault, &l->layout, &books->held) ||
+		     vm_locked < (int64_t)books_in_vm_locked(books, &l->layout)))
+		err = -EINVAL;
+	if (!err && books_merge(&l->books, books))
+		err = -EBUSY;
+	if (!err) {
+		/* A wish that came meanwhile is the newer one. */
+		const struct wish newer = l->wish;
+
+		accept_wish(l, newer.all || newer.lock_ram_size ? &newer : wish);
+	}
+	pthread_mutex_unlock(&l->mutex);
+	return err;
+}
