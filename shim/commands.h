@@ -11,6 +11,8 @@ struct json_object;
 struct commands {
 	struct locker *locker;
 	void (*look_now)(void *opaque); /* brings what is known of guest RAM up to date */
+	/* Takes guest RAM from outside. Returns 0, or -EINVAL with the reason in @text. */
+	int (*push)(void *opaque, struct ram_layout *l, char text[SHORT_TEXT]);
 	void *opaque;
 	bool symbols; /* this QEMU exports what is needed to find guest RAM */
 	bool injected; /* rather than preloaded */
@@ -20,6 +22,7 @@ struct commands {
 	bool eject; /* the shim is to leave when all is released */
 	bool keep; /* ... or at once, with all left as it is */
 	struct books books; /* scratch, as `status` */
+	struct ram_layout layout; /* scratch */
 	char launch_error[SHORT_TEXT]; /* why the guarantee of the launch was not set; empty: none was refused */
 	struct locker_status status; /* scratch: too large for a thread's stack */
 };

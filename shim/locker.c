@@ -174,6 +174,19 @@ static int find_residency(void *opaque, uint64_t start, uint64_t len, unsigned c
 	return 0;
 }
 
+/* Has guest RAM looked at, with the mutex given up meanwhile. Returns whether it was found changed. */
+static bool has_changed(struct locker *l)
+{
+	uint64_t layout_generation = l->layout_generation;
+
+	if (!l->look)
+		return false;
+	pthread_mutex_unlock(&l->mutex);
+	l->look(l->opaque);
+	pthread_mutex_lock(&l->mutex);
+	return layout_generation != l->layout_generation;
+}
+
 /* Called with the mutex held, which it gives up while it looks. Returns false when there is nothing left to plan. */
 static bool make_plan(struct locker *l)
 {
@@ -357,13 +370,15 @@ void *locker_run(void *arg)
 		case STEP_PLAN:
 			if (l->state != LOCKER_SHORT)
 				l->state = LOCKER_LOCKING;
+			if (has_changed(l))
+				continue;
 			if (!make_plan(l))
 				go_short(l, SHORTAGE_KERNEL, "no part of guest RAM is left to lock");
 			else
 				continue;
 			break;
 		case STEP_SUSPENDED:
-			go_short(l, SHORTAGE_MIGRATION, "this VM is the target of a postcopy migration");
+			go_short(l, SHORTAGE_MIGRATION, l->suspended);
 			break;
 		case STEP_STUCK:
 			go_short(l, SHORTAGE_MAP_COUNT, "guest RAM is locked in too many pieces");

@@ -46,6 +46,7 @@ struct locker {
 	pthread_cond_t wake; /* the thread waits here for work */
 	pthread_cond_t step_done; /* a removal waits here for the step in flight */
 	void (*notify)(void *opaque); /* tells that `events` has news; called with the mutex held */
+	void (*look)(void *opaque); /* if given, brings `layout` up to date; called without the mutex, by the thread */
 	void *opaque;
 
 	bool stop; /* the thread is to end */
@@ -56,7 +57,7 @@ struct locker {
 	uint64_t layout_generation;
 
 	struct books books;
-	bool suspended; /* guest RAM is not to be locked or populated now */
+	const char *suspended; /* why guest RAM is not to be locked or populated now; NULL: it may be */
 	uint64_t n_steps; /* counts steps begun */
 	struct range in_flight; /* the range that a step works on now; empty when none */
 
@@ -101,10 +102,10 @@ void locker_set_launch(struct locker *l, const struct wish *wish);
 void locker_set_layout(struct locker *l, const struct ram_layout *layout);
 
 /*
- * Holds locking and populating back, or lets it go on: while the VM is the target of a postcopy migration, a locked page
+ * Holds locking and populating back because of @why, or lets it go on if that is NULL: while the VM is the target of a postcopy migration, a locked page
  * cannot be discarded and a populated one is lost to the source. Unlocking goes on.
  */
-void locker_suspend(struct locker *l, bool suspended);
+void locker_suspend(struct locker *l, const char *why);
 
 /*
  * [gone] is about to be unmapped: forgets it, and waits until no step works on it. At most 100 ms: the caller is QEMU's
@@ -127,6 +128,9 @@ void locker_give(const struct locker *l, struct books *books, struct wish *wish)
  * nothing has changed.
  */
 int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish);
+
+/* Whether there is a guarantee, and guest RAM of several blocks, of which one may go. */
+bool locker_holds_of_many(struct locker *l);
 
 /* Whether the guarantee would grow with guest RAM. */
 bool locker_wants_more(struct locker *l);

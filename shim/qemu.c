@@ -153,6 +153,11 @@ bool qemu_daemonizes(void)
 	return has_option("daemonize");
 }
 
+bool qemu_is_incoming(void)
+{
+	return has_option("incoming");
+}
+
 bool qemu_has_main_loop(void)
 {
 	return sym.qemu_get_aio_context && sym.qemu_get_aio_context();

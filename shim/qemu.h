@@ -31,6 +31,9 @@ void qemu_init(struct qemu *q);
 /* Whether -daemonize is on the command line. */
 bool qemu_daemonizes(void);
 
+/* Whether -incoming is on the command line: QEMU was started as the target of a migration. */
+bool qemu_is_incoming(void);
+
 /* Whether QEMU's main loop exists, so that a bottom half can be scheduled. */
 bool qemu_has_main_loop(void);
 

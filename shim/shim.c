@@ -22,8 +22,10 @@
 #include "control.h"
 #include "headroom.h"
 #include "locker.h"
+#include "pushed.h"
 #include "qemu.h"
 
+#include <assert.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -48,6 +50,7 @@ enum {
 	LOOK_AGAIN_MAX_MS = 1000,
 	LOOK_NOW_MS = 100, /* the longest that a command waits for QEMU's main loop */
 	DRAIN_MS = 5000, /* the longest that a leaving shim waits for a client to read its replies */
+	SLOW_LOOK_MS = 5000, /* between looks for what nobody tells of */
 	BUSY_MS = 500, /* for so long, commands do not wait again for a main loop that was busy */
 	STACK_BYTES = 256 << 10, /* with -overcommit mem-lock=on all of it gets locked */
 };
@@ -56,6 +59,7 @@ static struct shim {
 	struct config config;
 	struct qemu qemu;
 	struct locker locker;
+	struct pushed pushed; /* guest RAM, where QEMU cannot be asked */
 	struct commands commands;
 	struct qmp_server server;
 	struct control control;
@@ -154,6 +158,10 @@ static void launch_guarantee(struct shim *s, uint64_t ram)
 	locker_set_launch(&s->locker, &wish);
 }
 
+static const char POSTCOPY[] = "this VM is the target of a postcopy migration";
+static const char MAYBE_POSTCOPY[] =
+	"this QEMU was started as the target of a migration, and cannot be asked whether that is over";
+
 /* The bottom half: lists guest RAM, if the machine is complete. */
 static void look(void *opaque)
 {
@@ -173,7 +181,7 @@ static void look(void *opaque)
 		if (qemu_walk(&layout, &spare))
 			warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
 		postcopy = qemu_is_postcopy_target();
-		locker_suspend(&s->locker, postcopy);
+		locker_suspend(&s->locker, postcopy ? POSTCOPY : NULL);
 		if (!atomic_load(&s->known))
 			launch_guarantee(s, layout.total);
 		locker_set_layout(&s->locker, &layout);
@@ -211,6 +219,42 @@ static void schedule_look(struct shim *s)
 		qemu_schedule(look, s);
 }
 
+/* ---- Guest RAM of a QEMU that does not export its symbols; the control thread, and the lock thread before it plans ---- */
+
+/* Forgets what is not what the controller took for guest RAM any more. */
+static void look_at_pushed(void *opaque)
+{
+	struct shim *s = opaque;
+
+	if (s->qemu.symbols || !atomic_load(&s->known))
+		return;
+	pthread_mutex_lock(&s->pushed.mutex);
+	if (pushed_look(&s->pushed))
+		locker_set_layout(&s->locker, &s->pushed.layout);
+	pthread_mutex_unlock(&s->pushed.mutex);
+}
+
+/* Takes guest RAM from the controller. Returns 0, or -EINVAL with the reason in @text. */
+static int push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT])
+{
+	static_assert((int)SHORT_TEXT >= (int)PUSHED_TEXT, "room for the reason");
+	struct shim *s = opaque;
+	int err;
+
+	pthread_mutex_lock(&s->pushed.mutex);
+	err = pushed_accept(&s->pushed, l, text);
+	if (!err) {
+		/* A locked page cannot be discarded, which a migration to here may have to do: better none than lost ones. */
+		locker_suspend(&s->locker, qemu_is_incoming() ? MAYBE_POSTCOPY : NULL);
+		if (!atomic_load(&s->known))
+			launch_guarantee(s, s->pushed.layout.total);
+		locker_set_layout(&s->locker, &s->pushed.layout);
+		atomic_store(&s->known, true);
+	}
+	pthread_mutex_unlock(&s->pushed.mutex);
+	return err;
+}
+
 /*
  * Looks at guest RAM before a command that depends on it: QEMU tells of RAM blocks that come and go, but not of a memory
  * backend that is plugged or unplugged as a DIMM. A main loop that is busy is not waited for: what was known must do.
@@ -223,6 +267,11 @@ static void look_now(void *opaque)
 
 	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + LOOK_AGAIN_MIN_MS)
 		return; /* a flood of commands is no flood of bottom halves, nor of waits */
+	if (!s->qemu.symbols) {
+		look_at_pushed(s);
+		s->looked_ms = now_ms();
+		return;
+	}
 	clock_gettime(CLOCK_MONOTONIC, &deadline);
 	deadline.tv_nsec += LOOK_NOW_MS * 1000000;
 	if (deadline.tv_nsec >= 1000000000) {
@@ -240,6 +289,24 @@ static void look_now(void *opaque)
 	s->looked_ms = now_ms() + (busy ? BUSY_MS : 0);
 }
 
+/* Where the controller tells what guest RAM is, a block may vanish without a word. Returns as find_ram(). */
+static int watch_pushed(struct shim *s)
+{
+	int64_t now = now_ms();
+
+	if (!atomic_load(&s->known) || !locker_holds_of_many(&s->locker)) {
+		s->look_at_ms = 0;
+		return -1;
+	}
+	if (!s->look_at_ms)
+		s->look_at_ms = now + SLOW_LOOK_MS;
+	if (now >= s->look_at_ms) {
+		look_at_pushed(s);
+		s->look_at_ms = now + SLOW_LOOK_MS;
+	}
+	return (int)(s->look_at_ms - now);
+}
+
 /* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. */
 static int find_ram(struct shim *s)
 {
@@ -248,7 +315,7 @@ static int find_ram(struct shim *s)
 	if (!s->qemu.symbols) {
 		if (!s->daemonizes || s->forks >= 2)
 			control_listen(&s->control);
-		return -1;
+		return watch_pushed(s);
 	}
 	if (!s->begun) {
 		if (!qemu_has_main_loop())
@@ -316,6 +383,7 @@ static void eject(struct shim *s)
 	control_deinit(&s->control);
 	pthread_mutex_unlock(&s->looking);
 	stepper_deinit(&s->locker.stepper);
+	pushed_deinit(&s->pushed);
 	atomic_store(&s->active, false); /* ramlock_start() may come from now on */
 }
 
@@ -331,6 +399,7 @@ static void *control_run(void *arg)
 		s->commands.symbols = s->qemu.symbols;
 	}
 	stepper_open(&s->locker.stepper, "");
+	pushed_open(&s->pushed);
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
 		err = control_bind(&s->control, warn); /* without a socket a launch guarantee still holds */
@@ -379,10 +448,13 @@ static int start(struct shim *s)
 	atomic_store(&s->scheduled, false);
 	atomic_store(&s->known, false);
 	locker_init(&s->locker, locker_news, s);
+	s->locker.look = look_at_pushed;
+	pushed_init(&s->pushed);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;
 	s->commands.look_now = look_now;
+	s->commands.push = push;
 	s->commands.halt = halt;
 	s->commands.opaque = s;
 	s->commands.injected = s->injected;
@@ -415,6 +487,7 @@ static void after_fork_in_child(void)
 	if (s->qemu.symbols ? qemu_has_main_loop() : !s->daemonizes || s->forks > 2)
 		return;
 	stepper_deinit(&s->locker.stepper);
+	pushed_deinit(&s->pushed);
 	control_deinit(&s->control);
 	start(s);
 }

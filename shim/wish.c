@@ -82,11 +82,11 @@ static void accept_wish(struct locker *l, const struct wish *w)
 	expect_work(l);
 }
 
-void locker_suspend(struct locker *l, bool suspended)
+void locker_suspend(struct locker *l, const char *why)
 {
 	pthread_mutex_lock(&l->mutex);
-	if (l->suspended != suspended) {
-		l->suspended = suspended;
+	if (l->suspended != why) {
+		l->suspended = why;
 		l->layout_generation++; /* what was planned, or waited for, is to be thought over */
 		expect_work(l);
 	}
@@ -201,6 +201,16 @@ bool locker_wants_more(struct locker *l)
 	more = l->wish.all || l->wish.lock_ram_size > l->layout.total;
 	pthread_mutex_unlock(&l->mutex);
 	return more;
+}
+
+bool locker_holds_of_many(struct locker *l)
+{
+	bool yes;
+
+	pthread_mutex_lock(&l->mutex);
+	yes = l->layout.n > 1 && (l->wish.all || l->wish.lock_ram_size);
+	pthread_mutex_unlock(&l->mutex);
+	return yes;
 }
 
 bool locker_is_released(struct locker *l)

@@ -1,0 +1,151 @@
+"""Guest RAM that comes, goes and is told from outside: the guarantee follows it, and nothing else is ever locked."""
+
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.conftest import Need
+from tests.qemu import truth
+from tests.qemu.conftest import assert_holds
+from tests.qemu.guest import GIB, MIB, Guest
+from tests.qemu.monitor import MonitorError
+
+pytestmark = pytest.mark.usefixtures("lockable")
+MICROVM = "/usr/bin/qemu-system-x86_64-microvm"
+ABOVE = 4 * GIB
+"""Where DIMMs are in the guest, and what does not fit below the PCI hole."""
+
+Block = dict[str, Any]
+
+
+def host_of(guest: Guest, address: int) -> int:
+    """Where a guest's physical address is in QEMU, as QEMU says."""
+    return int(guest.monitor.human(f"gpa2hva {address:#x}").rsplit(" ", 1)[1], 16)
+
+
+def block(name: str, host: int, size: int, backing: str = "anonymous", page_size: int = 4096) -> Block:
+    return {"id": name, "host": host, "size": size, "page-size": page_size, "backing": backing}
+
+
+def push(guest: Guest, *blocks: Block) -> None:
+    with guest.shim() as shim:
+        assert shim.execute("set-ram-blocks", {"blocks": list(blocks)}) == {}
+
+
+def unplug(guest: Guest, device: str, slot: int = 0) -> None:
+    """Unplugs a DIMM and agrees to it as a guest's ACPI code does: see QEMU's docs/specs/acpi_mem_hotplug."""
+    guest.monitor.execute("device_del", {"id": device})
+    guest.monitor.human(f"o /4 0xa00 {slot}")  # select the slot
+    guest.monitor.human("o /1 0xa14 8")  # eject
+    assert guest.monitor.wait_event("DEVICE_DELETED", timeout=30)
+
+
+# ---- A QEMU that does not export its symbols ----
+
+
+def test_guest_ram_told_from_outside(need: Need) -> None:
+    """A guarantee of the launch waits until guest RAM is told, and is then held."""
+    need(MICROVM, "qemu-system-x86")
+    with Guest(
+        qemu=MICROVM, machine="microvm", accel="qtest", memory=512 * MIB, ramlock=["--guarantee", "50%"]
+    ) as guest:
+        reply = guest.query()
+        assert (reply["state"], reply["waiting"]["reason"]) == ("waiting", "no-symbols")
+        assert "ramlock set" in reply["waiting"]["desc"]
+        ram = guest.ram()
+        assert truth.vm_lck(guest.pid) == 0
+        push(guest, block("microvm.ram", ram.start, ram.size))
+        guest.settle()
+        assert_holds(guest, 256 * MIB)
+        with guest.shim() as shim:
+            (told,) = shim.execute("query-ram-blocks")
+        assert told == {**block("microvm.ram", ram.start, ram.size), "source": "controller"}
+        guest.guarantee(512 * MIB)
+        assert_holds(guest, 512 * MIB)
+        push(guest, block("microvm.ram", ram.start, ram.size))
+        assert_holds(guest, 512 * MIB)
+        guest.guarantee(0)
+        assert truth.vm_lck(guest.pid) == 0
+
+
+def test_what_is_not_so_is_refused(need: Need) -> None:
+    """Each lie is told from the truth by the kernel's list of mappings, and leaves what was known before."""
+    need(MICROVM, "qemu-system-x86")
+    with Guest(qemu=MICROVM, machine="microvm", accel="qtest", memory=64 * MIB) as guest:
+        ram = guest.ram()
+        true = block("microvm.ram", ram.start, ram.size)
+        others = {entry.path: entry.range for entry in truth.mappings(guest.pid) if "w" in entry.permissions}
+        lies = [
+            [true, true],
+            [{**true, "size": ram.size + 4096}],
+            [{**true, "size": ram.size - 4096}],
+            [{**true, "host": ram.start + 4096}],
+            [{**true, "host": ram.start - 4096}],
+            [{**true, "host": ram.start + 1}],
+            [{**true, "size": 0}],
+            [{**true, "page-size": 2 * MIB}],
+            [{**true, "page-size": 2 * MIB, "backing": "hugetlb"}],
+            [{**true, "backing": "memfd"}],
+            [true, block("x", 4096, 4096)],
+            [true, block("x", (1 << 64) - 8192, 4096)],
+            [true, *(block("x", area.start, area.size) for path, area in others.items() if path == "[heap]")],
+            [true, *(block("x", area.start, area.size) for path, area in others.items() if path == "[stack]")],
+            [true, *(block("x", area.start, area.size, "file") for path, area in others.items() if path == MICROVM)],
+            [true] * 257,
+        ]
+        assert {"[heap]", "[stack]", MICROVM} <= set(others)
+        with guest.shim() as shim:
+            for blocks in lies:
+                with pytest.raises(MonitorError) as error:
+                    shim.execute("set-ram-blocks", {"blocks": blocks})
+                assert error.value.desc.startswith("[maps] "), (blocks, error.value.desc)
+            odd: list[Block] = [{"host": -1}, {"host": 1 << 64}, {"backing": "gold"}, {"id": "x" * 256}, {"id": 1}]
+            for nonsense in ([1], [{}], *([{**true, **member}] for member in odd)):
+                with pytest.raises(MonitorError):
+                    shim.execute("set-ram-blocks", {"blocks": nonsense})
+        assert guest.query()["state"] == "waiting"
+        push(guest, true)
+        with guest.shim() as shim:
+            with pytest.raises(MonitorError):
+                shim.execute("set-ram-blocks", {"blocks": lies[1]})
+            assert len(shim.execute("query-ram-blocks")) == 1
+        assert truth.vm_lck(guest.pid) == 0
+
+
+def test_a_qemu_that_can_be_asked_is_not_told() -> None:
+    with Guest(memory=64 * MIB) as guest:
+        ram = guest.ram()
+        guest.settle()
+        with guest.shim() as shim:
+            with pytest.raises(MonitorError) as error:
+                shim.execute("set-ram-blocks", {"blocks": [block("pc.ram", ram.start, ram.size)]})
+            assert error.value.desc.startswith("[symbols] ")
+            assert [entry["source"] for entry in shim.execute("query-ram-blocks")] == ["qemu"]
+
+
+def test_a_told_block_that_goes_is_not_missed(need: Need) -> None:
+    """Nobody tells of a block that vanishes: the shim sees it for itself, and locks elsewhere what is left."""
+    need(MICROVM, "qemu-system-x86")
+    with Guest(
+        qemu=MICROVM,
+        machine="q35",
+        accel="qtest",
+        memory=0,
+        args=["-m", "128M,slots=2,maxmem=1G", "-object", "memory-backend-memfd,id=m,size=64M,share=on"],
+    ) as guest:
+        guest.monitor.execute("device_add", {"driver": "pc-dimm", "id": "d", "memdev": "m"})
+        ram = block("pc.ram", host_of(guest, 0), 128 * MIB)
+        dimm = block("m", host_of(guest, ABOVE), 64 * MIB, "memfd")
+        push(guest, ram, dimm)
+        guest.guarantee(192 * MIB)
+        assert truth.locked(guest.pid).resident == 192 * MIB
+        with guest.shim() as shim:
+            unplug(guest, "d")
+            guest.monitor.execute("object-del", {"id": "m"})
+            event = shim.wait_event("RAM_MINGUARANTEE_SHORT", timeout=60)
+        assert event["data"]["reason"] == "no-ram"
+        assert guest.query()["ram"] == 128 * MIB
+        assert truth.locked(guest.pid).vm_lck == 128 * MIB
