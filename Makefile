@@ -61,6 +61,12 @@ $(GUEST)/initramfs.cpio.gz: $(GUEST)/vmlinuz tests/guest/build tests/guest/init 
 ready: built guest-built
 	@:
 
+# Roots with QEMUs of other releases, for the tests; what cannot be had here is said, and its tests are skipped.
+RELEASES := bullseye trixie
+.PHONY: releases
+releases:
+	@for r in $(RELEASES); do tests/guest/release $$r || :; done
+
 .PHONY: demo
 demo: ## Show it: boot a guest under ramlock, raise and lower its guarantee, watch it hold
 	@.ci/deps all
@@ -70,7 +76,7 @@ demo: ## Show it: boot a guest under ramlock, raise and lower its guarantee, wat
 .PHONY: test
 test: ## Run the whole test suite: linters, the shim's C units, the Python units, real QEMUs
 	@.ci/deps test
-	@+$(AGAIN) ready
+	@+$(AGAIN) ready releases
 	@+$(AGAIN) linted
 	@+$(AGAIN) test-shim
 	@$(PYTHON_BIN) -m pytest tests $(ARGS)

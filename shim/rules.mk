@@ -10,6 +10,9 @@ SHIM_WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing
 SHIM_CFLAGS   := -std=gnu11 -O2 -g -fPIC -fvisibility=hidden -fno-strict-aliasing -fstack-protector-strong \
                  -D_GNU_SOURCE -DRAMLOCK_VERSION='"$(or $(SHIM_VERSION),0.0.0)"' $(SHIM_WARNINGS) $(CFLAGS)
 
+# No path of this tree goes into the shim; shim/glibc.h says why every unit includes that.
+SHIM_ONLY     := -ffile-prefix-map=$(CURDIR)=. -include shim/glibc.h
+
 # QEMU's process gets no library from us: json-c is linked in where a static one exists.
 JSONC_STATIC  := $(shell f=$$($(CC) -print-file-name=libjson-c.a); [ "$$f" != libjson-c.a ] && echo "$$f")
 JSONC_LIBS    := $(or $(JSONC_STATIC),-ljson-c)
@@ -20,11 +23,11 @@ SHIM_LDFLAGS  := -shared -Wl,--version-script=shim/ramlock.map -Wl,-z,defs,-z,re
 shim: $(SHIM) ## Build the shim, injector/ramlock/ramlock.so
 
 $(SHIM): $(SHIM_OBJECTS) shim/ramlock.map shim/rules.mk
-	$(CC) -o $@.tmp $(SHIM_LDFLAGS) $(SHIM_OBJECTS) $(JSONC_LIBS) -lpthread -ldl
+	$(CC) -o $@.tmp $(SHIM_LDFLAGS) $(SHIM_OBJECTS) $(JSONC_LIBS)
 	mv -f $@.tmp $@
 
-$(SHIM_BUILD)/%.o: shim/%.c shim/rules.mk injector/ramlock/__init__.py | $(SHIM_BUILD)
-	$(CC) $(SHIM_CFLAGS) -MMD -MP -c -o $@ $<
+$(SHIM_BUILD)/%.o: shim/%.c shim/glibc.h shim/rules.mk injector/ramlock/__init__.py | $(SHIM_BUILD)
+	$(CC) $(SHIM_CFLAGS) $(SHIM_ONLY) -MMD -MP -c -o $@ $<
 
 $(SHIM_BUILD)/%.o: shim/%.S shim/rules.mk | $(SHIM_BUILD)
 	$(CC) -fPIC -c -o $@ $<
@@ -32,7 +35,7 @@ $(SHIM_BUILD)/%.o: shim/%.S shim/rules.mk | $(SHIM_BUILD)
 # The C units run the same sources under the sanitizers.
 SHIM_TEST_SOURCES := $(wildcard tests/shim/test_*.c)
 SHIM_TESTS        := $(SHIM_TEST_SOURCES:tests/shim/%.c=$(SHIM_BUILD)/tests/%)
-SHIM_TEST_UNITS   := $(filter-out shim/shim.c,$(SHIM_SOURCES))
+SHIM_TEST_UNITS   := $(filter-out shim/shim.c shim/glibc.c,$(SHIM_SOURCES))
 SHIM_SANITIZE     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 test-shim: $(SHIM_TESTS) ## Run the shim's C units under ASan and UBSan
@@ -42,7 +45,7 @@ $(SHIM_BUILD)/tests/%: tests/shim/%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_UNI
 	$(CC) $(filter-out -O2,$(SHIM_CFLAGS)) -O1 $(SHIM_SANITIZE) -Ishim -o $@ $< $(SHIM_TEST_UNITS) $(JSONC_LIBS) -lpthread -ldl
 
 lint-shim: ## Compile the shim with every warning and gcc's analyzer as errors
-	@for f in $(SHIM_SOURCES); do $(CC) $(SHIM_CFLAGS) -fanalyzer -c -o /dev/null $$f || exit 1; done
+	@for f in $(SHIM_SOURCES); do $(CC) $(SHIM_CFLAGS) $(SHIM_ONLY) -fanalyzer -c -o /dev/null $$f || exit 1; done
 
 $(SHIM_BUILD) $(SHIM_BUILD)/tests:
 	mkdir -p $@

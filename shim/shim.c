@@ -525,6 +525,13 @@ static void leave_preload(void)
 	free(rest);
 }
 
+/* Whether this process has all of glibc's libraries that the shim needs. Those are weak, see glibc.h. */
+static bool has_libraries(void)
+{
+	return dladdr && dlsym && pthread_attr_setstacksize && pthread_condattr_setclock && pthread_create && pthread_join &&
+	       pthread_sigmask;
+}
+
 /* Whether LD_PRELOAD names this object, so that its constructor is the one to start it. */
 static bool is_preloaded(void)
 {
@@ -538,7 +545,7 @@ __attribute__((constructor)) static void enter(void)
 {
 	struct shim *s = &shim;
 
-	if (!is_preloaded())
+	if (!has_libraries() || !is_preloaded())
 		return; /* ramlock_start() will come */
 	qemu_init(&s->qemu);
 	if (!s->qemu.emulator)
@@ -569,6 +576,8 @@ __attribute__((visibility("default"))) int ramlock_start(const char *config)
 
 	if (atomic_load(&s->active))
 		return -EALREADY;
+	if (!has_libraries())
+		return -ENOSYS;
 	config_from_text(&s->config, config, warn);
 	if (!follows_forks && pthread_atfork(NULL, NULL, after_fork_in_child))
 		return -ENOMEM;

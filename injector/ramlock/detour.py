@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ramlock import elf, procfs, x86_64
 from ramlock.deadline import Deadline
 from ramlock.errors import CannotInject, NeverParked
-from ramlock.memory import Mapping, Memory, Object, Symbol
+from ramlock.memory import Mapping, Memory, Object, Segment
 from ramlock.teststeps import step
 from ramlock.tracee import NotStopped, Registers, Tracee
 
@@ -52,7 +52,8 @@ class Code(NamedTuple):
 class Target(NamedTuple):
     """All that is found out before the thread is stopped."""
 
-    ppoll: Symbol
+    libc: Segment
+    """The code of libc."""
     entries: x86_64.Entries
     code_at: int
     """Where our code goes."""
@@ -100,23 +101,29 @@ def find_target(memory: Memory, maps: list[Mapping], program: Object, code: Code
     Raises CannotInject, saying what is missing.
     """
     libc = find_libc(memory, maps)
-    ppoll, entries = find_symbols(memory, maps, libc)
-    return Target(ppoll, entries, find_room(memory, maps, (libc, program), code))
+    return Target(find_code(libc), find_entries(memory, maps, libc), find_room(memory, maps, (libc, program), code))
 
 
-def find_symbols(memory: Memory, maps: list[Mapping], libc: Object) -> tuple[Symbol, x86_64.Entries]:
-    """Find ppoll() and what the trampoline calls. Raises CannotInject, saying what is missing."""
+def find_code(libc: Object) -> Segment:
+    """Return where libc's code is. Raises CannotInject when it has none."""
+    for segment in libc.segments:
+        if segment.executable:
+            return segment
+    raise CannotInject("the glibc in this process has no code", _INSTEAD)
+
+
+def find_entries(memory: Memory, maps: list[Mapping], libc: Object) -> x86_64.Entries:
+    """Find what the trampoline calls. Raises CannotInject, saying what is missing."""
     libdl = next((Object(memory, m.start) for m in _objects(maps) if _named(m, _LIBDL)), None)
     holders = [libc, *([libdl] if libdl else [])]
     found = {}
     # Before glibc 2.34 dlopen() was in libdl, which need not be loaded; libc itself had these for its own use.
-    for wanted in (("dlopen", "__libc_dlopen_mode"), ("dlsym", "__libc_dlsym"), ("__errno_location",), ("ppoll",)):
+    for wanted in (("dlopen", "__libc_dlopen_mode"), ("dlsym", "__libc_dlsym"), ("__errno_location",)):
         symbol = next((s for holder in holders if (s := holder.find_first(wanted))), None)
         if symbol is None or not any(m.executable and m.holds(symbol.address, symbol.address + 1) for m in maps):
             raise CannotInject(f"the glibc in process {memory.pid} has no {wanted[0]}", _INSTEAD)
         found[wanted[0]] = symbol
-    entries = x86_64.Entries(found["dlopen"].address, found["dlsym"].address, found["__errno_location"].address)
-    return found["ppoll"], entries
+    return x86_64.Entries(found["dlopen"].address, found["dlsym"].address, found["__errno_location"].address)
 
 
 def find_room(memory: Memory, maps: list[Mapping], holders: tuple[Object, ...], code: Code) -> int:
@@ -166,7 +173,7 @@ def send(
     while True:
         attempts += 1
         deep = False
-        if looks_parked(memory.pid, target.ppoll):
+        if looks_parked(memory.pid, target.libc):
             try:
                 if done := _attempt(memory, maps, target, code, entry, build, committed):
                     return Detour(attempts, *done)
@@ -187,8 +194,12 @@ def send(
         maps = memory.maps()
 
 
-def looks_parked(pid: int, ppoll: Symbol) -> bool:
-    """Ask the kernel whether the thread sleeps in ppoll() of libc, without stopping it."""
+def looks_parked(pid: int, libc: Segment) -> bool:
+    """Ask the kernel whether the thread sleeps in ppoll() of libc, whose code that is, without stopping it.
+
+    All of that code will do: of libc only ppoll() issues that system call, and since 2.41 does so in a function that is
+    shared by all that can be cancelled, and has no name outside.
+    """
     try:
         with open(f"/proc/{pid}/syscall", encoding="ascii") as file:
             words = file.read(256).split()
@@ -196,7 +207,7 @@ def looks_parked(pid: int, ppoll: Symbol) -> bool:
         return True  # this kernel does not tell: stop it, and see
     if len(words) < 9:
         return False  # "running"
-    return int(words[0]) == x86_64.PPOLL and _inside(ppoll, int(words[8], 16))
+    return int(words[0]) == x86_64.PPOLL and _inside(libc, int(words[8], 16))
 
 
 def _attempt(
@@ -229,7 +240,7 @@ def _attempt(
             rip = x86_64.instruction_pointer(regs)
             if not (
                 x86_64.is_interrupted_ppoll(regs)
-                and _inside(target.ppoll, rip)
+                and _inside(target.libc, rip)
                 and memory.read(rip - len(x86_64.SYSCALL), len(x86_64.SYSCALL)) == x86_64.SYSCALL
             ):
                 return None
@@ -277,8 +288,8 @@ def _named(mapping: Mapping, names: tuple[str, ...]) -> bool:
     return base == names[0] or base.startswith(names[1])
 
 
-def _inside(symbol: Symbol, address: int) -> bool:
-    return symbol.address < address <= symbol.address + symbol.size
+def _inside(code: Segment, address: int) -> bool:
+    return code.start < address <= code.end
 
 
 def _has_stack(maps: list[Mapping], frame: x86_64.Frame, limit: int | None) -> bool:

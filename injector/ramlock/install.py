@@ -416,9 +416,7 @@ def _is_back(pid: int) -> bool:
     if not os.access(f"/proc/{pid}/syscall", os.R_OK):
         return False  # this kernel does not tell
     with Memory(pid) as memory:
-        maps = memory.maps()
-        ppoll, _ = detour.find_symbols(memory, maps, detour.find_libc(memory, maps))
-        return detour.looks_parked(pid, ppoll)
+        return detour.looks_parked(pid, detour.find_code(detour.find_libc(memory, memory.maps())))
 
 
 def _is_loaded(pid: int, path: str) -> bool:

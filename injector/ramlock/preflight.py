@@ -238,7 +238,8 @@ def _glibc(target: memory.Memory, maps: list[memory.Mapping]) -> tuple[memory.Ob
     if any("ld-musl" in m.path or "libc.musl" in m.path for m in maps):
         raise CannotInject(f"process {target.pid} uses musl, the shim needs glibc", "use a QEMU built for glibc")
     libc = detour.find_libc(target, maps)
-    detour.find_symbols(target, maps, libc)
+    detour.find_code(libc)
+    detour.find_entries(target, maps, libc)
     return libc, next(m.path for m in maps if m.start == libc.bias)
 
 

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerNeedSection
 
 from ramlock import shim
 from ramlock.errors import CannotPreload
@@ -47,3 +49,20 @@ def test_where_nothing_may_be_executed() -> None:
         pytest.skip("/proc is not mounted noexec here")
     with pytest.raises(CannotPreload, match="noexec"):
         shim.find({}, (place,))
+
+
+def test_an_older_glibc_will_do() -> None:
+    """The shim is loaded into QEMUs of other systems, with whichever glibc they have."""
+    with shim.find({}).open("rb") as file:
+        needs = ELFFile(file).get_section_by_name(".gnu.version_r")
+        assert isinstance(needs, GNUVerNeedSection)
+        versions = {(need.name, aux.name) for need, auxes in needs.iter_versions() for aux in auxes}
+    assert ("libc.so.6", "GLIBC_2.14") in versions  # of memcpy(): these are the shim's needs indeed
+    assert {library for library, _ in versions} <= {"libc.so.6", "ld-linux-x86-64.so.2"}
+    numbers = [tuple(map(int, version.removeprefix("GLIBC_").split("."))) for _, version in versions]
+    assert max(numbers) <= (2, 28), versions
+
+
+def test_it_tells_nothing_of_where_it_was_built() -> None:
+    place = shim.find({})
+    assert os.fsencode(place.parents[2]) not in place.read_bytes()

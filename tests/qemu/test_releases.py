@@ -1,0 +1,174 @@
+"""QEMUs of other releases than this host's, with their glibcs, each in a root of its own."""
+
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import absent
+from tests.qemu import truth
+from tests.qemu.conftest import assert_holds, ramlock
+from tests.qemu.guest import MIB, ROOT, SHIM, Guest
+
+pytestmark = pytest.mark.usefixtures("lockable", "root")
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+SIZE = 24 * MIB
+# On both sides of where the interfaces of QEMU and glibc changed.
+SUITES = os.environ.get("RAMLOCK_TEST_RELEASES", "bullseye trixie").split()
+
+
+@pytest.fixture(params=SUITES)
+def release(request: pytest.FixtureRequest) -> Path:
+    """The root of that release."""
+    root = ROOT / ".cache/release" / str(request.param)
+    if not root.is_dir():
+        absent(f"{root} is not there: tests/guest/release {request.param} makes it, from Debian's packages")
+    return root
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The shim, where those roots have it too."""
+    return Path(shutil.copy(SHIM, tmp_path / "ramlock.so"))
+
+
+def enter(root: Path, *, proc: bool, preload: str = "") -> list[str]:
+    """A command that runs another in that root, in a mount namespace of its own; /tmp is ours, /run is empty."""
+    mounts = f"mount --bind /tmp '{root}/tmp' && mount -t tmpfs none '{root}/run' && "
+    if proc:
+        mounts += f"mount -t proc none '{root}/proc' && mount --rbind /sys '{root}/sys' && "
+    return ["unshare", "-m", "sh", "-c", f"{mounts}{preload} exec chroot '{root}' \"$@\"", "sh"]
+
+
+def foreign(root: Path, *, proc: bool, preload: str = "", args: Sequence[str] = ()) -> Guest:
+    """A QEMU of that release."""
+    prepare = enter(root, proc=proc, preload=preload)
+    return Guest(how="plain", memory=256 * MIB, qemu=QEMU, args=args, prepare=prepare, timeout=120)
+
+
+def check_round(guest: Guest, env: dict[str, str] | None = None) -> None:
+    """Preflight, inject, change, eject, inject again: each does what it says, and the VM is unharmed."""
+    report = ramlock("preflight", "--pid", guest.pid, "--json", env=env)
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert json.loads(report.stdout)["ok"] is True
+    result = ramlock("inject", "--pid", guest.pid, "--guarantee", SIZE, "--json", env=env)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert (answer["already"], answer["source"]) == (False, "qemu")
+    check_holds(guest, answer["socket"], SIZE)
+    assert ramlock("set", 2 * SIZE, "--pid", guest.pid).returncode == 0
+    check_holds(guest, answer["socket"], 2 * SIZE)
+    assert ramlock("set", 0, "--pid", guest.pid).returncode == 0
+    assert truth.vm_lck(guest.pid) == 0
+    guest.check_unharmed()
+    result = ramlock("eject", "--pid", guest.pid)
+    assert result.returncode == 0, result.stderr
+    guest.check_unharmed()
+    result = ramlock("inject", "--pid", guest.pid, "--guarantee", "all", "--json", env=env)
+    assert result.returncode == 0, result.stderr
+    assert truth.vm_lck(guest.pid) == guest.memory
+    guest.check_unharmed()
+
+
+def check_holds(guest: Guest, socket: str, size: int) -> None:
+    guest._socket = socket
+    assert_holds(guest, size)
+
+
+def settled(guest: Guest) -> dict[str, Any]:
+    """What the shim says once it knows of the memory that came."""
+    deadline = time.monotonic() + 60
+    while (reply := guest.settle())["ram"] == guest.memory and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return reply
+
+
+def test_memory_file(release: Path) -> None:
+    """The shim's file is not there, so that it comes as a memory file."""
+    with foreign(release, proc=True) as guest:
+        check_round(guest)
+
+
+def test_without_proc(release: Path, file: Path) -> None:
+    """/proc is not there, so that the shim can come by its file only."""
+    with foreign(release, proc=False) as guest:
+        result = ramlock("inject", "--pid", guest.pid)
+        assert result.returncode == 4
+        assert "/proc is not mounted" in result.stderr
+        env = {"RAMLOCK_SHIM": str(file)}
+        assert ramlock("preflight", "--pid", guest.pid, env=env).returncode == 0
+        result = ramlock("inject", "--pid", guest.pid, "--json", env=env)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["source"] == "qemu"
+        # What the limits are cannot be seen in there, so nothing is locked.
+        assert ramlock("set", SIZE, "--pid", guest.pid).returncode in (4, 5)
+        assert truth.vm_lck(guest.pid) <= SIZE
+        guest.check_unharmed()
+        assert ramlock("eject", "--pid", guest.pid).returncode == 0
+        guest.check_unharmed()
+
+
+def test_memory_that_comes_and_goes(release: Path) -> None:
+    """The form in which QEMU tells of RAM blocks has changed over time."""
+    args = ["-m", "256M,slots=2,maxmem=1G"]
+    with foreign(release, proc=True, args=args) as guest:
+        result = ramlock("inject", "--pid", guest.pid, "--guarantee", "all", "--json")
+        assert result.returncode == 0, result.stderr
+        guest._socket = json.loads(result.stdout)["socket"]
+        more: dict[str, Any] = {"qom-type": "memory-backend-ram", "id": "more"}
+        more.update({"props": {"size": 64 * MIB}} if release.name == "bullseye" else {"size": 64 * MIB})
+        for _ in range(3):
+            guest.monitor.execute("object-add", more)
+            guest.monitor.execute("object-del", {"id": "more"})
+        guest.monitor.execute("object-add", more)
+        guest.monitor.execute("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"})
+        assert settled(guest)["ram"] == 320 * MIB
+        assert truth.vm_lck(guest.pid) == 320 * MIB
+        with guest.shim() as shim:
+            assert sorted(block["id"] for block in shim.execute("query-ram-blocks")) == ["more", "pc.ram"]
+        guest.check_unharmed()
+
+
+def test_preloaded(release: Path, file: Path) -> None:
+    """chroot itself runs on this host's glibc, with the shim too, which does nothing there."""
+    preload = f"LD_PRELOAD={file} RAMLOCK_GUARANTEE={SIZE}"
+    with foreign(release, proc=True, preload=preload) as guest:
+        guest._socket = f"/proc/{guest.pid}/root/run/ramlock/{guest.pid}.sock"
+        assert "ramlock" not in guest.said()
+        guest.settle()
+        assert_holds(guest, SIZE)
+        result = ramlock("set", 2 * SIZE, "--pid", guest.pid)
+        assert result.returncode == 0, result.stderr
+        assert_holds(guest, 2 * SIZE)
+        guest.check_unharmed()
+
+
+ALONE = """
+extern long write(int, const void *, unsigned long);
+extern void _exit(int);
+void _start(void)
+{
+	_exit(write(1, "here\\n", 5) != 5);
+}
+"""
+
+
+def test_harmless_without_libraries(release: Path, file: Path, tmp_path: Path) -> None:
+    """In a program without the libraries that older glibcs keep threads in."""
+    source = tmp_path / "alone.c"
+    source.write_text(ALONE)
+    command = ["gcc", "-nostartfiles", "-o", str(tmp_path / "alone"), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    command = [*enter(release, proc=True, preload=f"LD_PRELOAD={file}"), str(tmp_path / "alone")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "here\n", "")
