@@ -57,15 +57,35 @@ void books_remove(struct books *b, struct range r)
 		b->n_history--;
 }
 
-void books_keep_layout(struct books *b, const struct ram_layout *l)
+/* @r is no guest RAM any more. */
+static void let_go(struct books *b, const struct ram_layout *was, struct range r)
+{
+	struct range part, ours;
+
+	for (struct range rest = r; extents_part(&b->held, rest, &part); rest.start = part.end) {
+		const struct ram_block *block = layout_find(was, (struct range){ part.start, part.start + 1 });
+
+		if (block && part.end > block->host.end) /* two blocks side by side */
+			part.end = block->host.end;
+		if (block && block->backing == BACKING_HUGETLB)
+			continue;
+		/* Where there is no room any more, it is told as another's. */
+		for (struct range left = part; extents_gap(&b->foreign, left, &ours); left.start = ours.end)
+			if (extents_add(&b->gone, ours))
+				break;
+	}
+	books_remove(b, r);
+}
+
+void books_keep_layout(struct books *b, const struct ram_layout *was, const struct ram_layout *now)
 {
 	uint64_t at = 0;
 
-	for (size_t i = 0; i < l->n; i++) {
-		books_remove(b, (struct range){ at, l->v[i].host.start });
-		at = l->v[i].host.end;
+	for (size_t i = 0; i < now->n; i++) {
+		let_go(b, was, (struct range){ at, now->v[i].host.start });
+		at = now->v[i].host.end;
 	}
-	books_remove(b, (struct range){ at, UINT64_MAX });
+	let_go(b, was, (struct range){ at, UINT64_MAX });
 }
 
 int books_merge(struct books *b, const struct books *other)
@@ -125,7 +145,7 @@ bool books_newest(const struct books *b, const struct ram_layout *l, uint64_t ex
 
 uint64_t books_in_vm_locked(const struct books *b, const struct ram_layout *l)
 {
-	uint64_t sum = 0;
+	uint64_t sum = b->gone.total;
 
 	for (size_t i = 0; i < l->n; i++)
 		if (l->v[i].backing != BACKING_HUGETLB)

@@ -12,6 +12,7 @@ struct books {
 	struct extents held; /* what counts for the guarantee: locked by us, or found locked */
 	struct extents foreign; /* the part of `held` that was locked already: never unlocked */
 	struct extents on_fault; /* the part of `held` that was not populated */
+	struct extents gone; /* locked by us, and no guest RAM any more: to be unlocked; in VmLck all of it */
 	struct range history[EXTENTS_MAX]; /* `held` in the order of locking, the newest last */
 	size_t n_history;
 };
@@ -28,8 +29,8 @@ void books_populated(struct books *b, struct range r);
 /* Takes @r out, wherever it is. Only when not books_full(). */
 void books_remove(struct books *b, struct range r);
 
-/* Takes out what is in no block of @l. */
-void books_keep_layout(struct books *b, const struct ram_layout *l);
+/* Guest RAM was @was and is @now: what is no guest RAM any more is no longer held, and what of it we locked is `gone`. */
+void books_keep_layout(struct books *b, const struct ram_layout *was, const struct ram_layout *now);
 
 /*
  * Takes over what @other, of another shim in this process, held: what was its own is ours now, also where it had been
@@ -45,7 +46,7 @@ int books_merge(struct books *b, const struct books *other);
 bool books_newest(const struct books *b, const struct ram_layout *l, uint64_t excess, uint64_t chunk, struct range *r,
 		  bool *foreign);
 
-/* Locked by us, and counted by the kernel in VmLck, which leaves out hugetlb. */
+/* Locked by us, `gone` included, and counted by the kernel in VmLck, which leaves out hugetlb. */
 uint64_t books_in_vm_locked(const struct books *b, const struct ram_layout *l);
 
 #endif

@@ -81,7 +81,7 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 		qmp_fail(r, NULL, "the shim is leaving");
 		return;
 	}
-	c->look_now(c->opaque);
+	c->look_now(c->opaque, true);
 	locker_query(c->locker, &c->status);
 	wish = c->status.wish;
 	wish.all = all && json_object_get_boolean(all);
@@ -144,7 +144,7 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	struct json_object *o = json_object_new_object(), *blocks = json_object_new_array();
 
 	(void)arguments;
-	c->look_now(c->opaque);
+	c->look_now(c->opaque, false);
 	locker_query(c->locker, s);
 	add_size(o, "requested", s->requested);
 	add_bool(o, "all", s->wish.all);
@@ -185,7 +185,7 @@ static void query_ram_blocks(struct commands *c, struct json_object *arguments, 
 	struct json_object *blocks = json_object_new_array();
 
 	(void)arguments;
-	c->look_now(c->opaque);
+	c->look_now(c->opaque, false);
 	locker_query(c->locker, &c->status);
 	for (size_t i = 0; i < c->status.n_blocks; i++) {
 		struct json_object *block = block_object(&c->status.blocks[i].block);
@@ -408,7 +408,7 @@ static void ramlock_adopt(struct commands *c, struct json_object *arguments, str
 	}
 	memcpy(b->history, b->held.v, b->held.n * sizeof(b->held.v[0])); /* the order of locking is lost */
 	b->n_history = b->held.n;
-	c->look_now(c->opaque);
+	c->look_now(c->opaque, true);
 	err = locker_adopt(c->locker, b, &wish);
 	if (err)
 		qmp_fail(r, NULL, err == -EBUSY ? "[busy] the lock thread is at work: try again" :

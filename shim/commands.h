@@ -10,7 +10,8 @@ struct json_object;
 
 struct commands {
 	struct locker *locker;
-	void (*look_now)(void *opaque); /* brings what is known of guest RAM up to date */
+	/* Brings what is known of guest RAM up to date; what was found a moment ago will do unless @certain. */
+	void (*look_now)(void *opaque, bool certain);
 	/* Takes guest RAM from outside. Returns 0, or -EINVAL with the reason in @text. */
 	int (*push)(void *opaque, struct ram_layout *l, char text[SHORT_TEXT]);
 	void *opaque;

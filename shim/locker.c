@@ -87,6 +87,15 @@ static bool plan_is_current(const struct locker *l)
 	return l->plan_valid && l->plan_generation == l->generation && l->plan_layout == l->layout_generation;
 }
 
+bool locker_next_gone(const struct locker *l, struct range *r)
+{
+	if (!extents_part(&l->books.gone, (struct range){ 0, UINT64_MAX }, r))
+		return false;
+	if (range_size(*r) > PACER_CHUNK)
+		r->end = r->start / PACER_CHUNK * PACER_CHUNK + PACER_CHUNK;
+	return true;
+}
+
 static void choose(struct locker *l, struct step *s)
 {
 	uint64_t want, need, held = l->books.held.total;
@@ -95,6 +104,10 @@ static void choose(struct locker *l, struct step *s)
 	*s = (struct step){ .kind = STEP_NONE, .prefault = l->wish.prefault };
 	if (!l->known)
 		return;
+	if (locker_next_gone(l, &s->r)) {
+		s->kind = STEP_LET_GO;
+		return;
+	}
 	want = locker_target(l);
 	if (held < want) {
 		const struct ram_block *b;
@@ -232,10 +245,18 @@ static bool make_plan(struct locker *l)
 
 /* ---- Accounting; with the mutex ---- */
 
-static void account(struct locker *l, const struct step *s, const struct outcome *o)
+static void account(struct locker *l, const struct step *s, const struct outcome *o, bool gone)
 {
-	if (!layout_find(&l->layout, s->r))
-		return; /* unplugged while the step ran: the lock goes with the mapping */
+	if (s->kind == STEP_LET_GO) {
+		extents_remove(&l->books.gone, s->r);
+		return;
+	}
+	if (!layout_find(&l->layout, s->r)) {
+		/* Unplugged while the step ran. The lock goes with the mapping, if that goes. */
+		if (s->kind == STEP_LOCK && !o->foreign && !s->hugetlb && !gone)
+			extents_add(&l->books.gone, s->r);
+		return;
+	}
 	if (s->kind == STEP_LOCK)
 		books_add(&l->books, s->r, o->foreign, !s->prefault);
 	else if (s->kind == STEP_POPULATE)
@@ -290,7 +311,7 @@ static void carry_out(struct locker *l, const struct step *s)
 	enum locker_state working =
 		s->kind == STEP_LOCK || s->kind == STEP_POPULATE ? LOCKER_LOCKING : LOCKER_UNLOCKING;
 	struct timespec gap;
-	bool admitted;
+	bool admitted, gone = false;
 
 	if (l->state != LOCKER_SHORT) /* it is, until a step has worked */
 		l->state = working;
@@ -304,6 +325,7 @@ static void carry_out(struct locker *l, const struct step *s)
 			return; /* decide again */
 		}
 		l->in_flight = s->r;
+		l->in_flight_gone = false;
 		l->n_steps++;
 		pthread_mutex_unlock(&l->mutex);
 
@@ -313,6 +335,7 @@ static void carry_out(struct locker *l, const struct step *s)
 
 		pthread_mutex_lock(&l->mutex);
 		l->in_flight = (struct range){ 0, 0 };
+		gone = l->in_flight_gone;
 		pthread_cond_broadcast(&l->step_done);
 	}
 	if (o.shortage) {
@@ -323,7 +346,7 @@ static void carry_out(struct locker *l, const struct step *s)
 			l->state = working; /* a new wish, or other RAM, deserves a try of its own */
 		return;
 	}
-	account(l, s, &o);
+	account(l, s, &o, gone);
 	l->state = working;
 	l->shortage = SHORTAGE_NONE;
 	l->retry_ns = RETRY_MIN_NS;

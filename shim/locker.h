@@ -60,6 +60,7 @@ struct locker {
 	const char *suspended; /* why guest RAM is not to be locked or populated now; NULL: it may be */
 	uint64_t n_steps; /* counts steps begun */
 	struct range in_flight; /* the range that a step works on now; empty when none */
+	bool in_flight_gone; /* ... of which some is being unmapped */
 
 	enum locker_state state;
 	enum shortage shortage;
@@ -98,7 +99,7 @@ int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 /* Sets the wish from before guest RAM was known: not refused, but short while it cannot be. */
 void locker_set_launch(struct locker *l, const struct wish *wish);
 
-/* Guest RAM is now @layout. What was locked and is no part of it any more is forgotten. */
+/* Guest RAM is now @layout. What we locked and is no part of it any more is unlocked by and by. */
 void locker_set_layout(struct locker *l, const struct ram_layout *layout);
 
 /*
@@ -120,7 +121,7 @@ bool locker_is_released(struct locker *l);
 void locker_stop(struct locker *l);
 
 /* What is held and wished for. Only after the thread has ended. */
-void locker_give(const struct locker *l, struct books *books, struct wish *wish);
+void locker_give(struct locker *l, struct books *books, struct wish *wish);
 
 /*
  * Takes over from another shim in this process what it held, and what it wished for unless there is a wish here already,
@@ -129,8 +130,8 @@ void locker_give(const struct locker *l, struct books *books, struct wish *wish)
  */
 int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish);
 
-/* Whether there is a guarantee, and guest RAM of several blocks, of which one may go. */
-bool locker_holds_of_many(struct locker *l);
+/* Whether there is a guarantee above 0. */
+bool locker_has_guarantee(struct locker *l);
 
 /* Whether the guarantee would grow with guest RAM. */
 bool locker_wants_more(struct locker *l);

@@ -20,6 +20,9 @@ int locker_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t dea
 /* The bytes that should be held now; with the mutex. */
 uint64_t locker_target(const struct locker *l);
 
+/* The next piece of what is locked and no guest RAM any more. Returns false when there is none. */
+bool locker_next_gone(const struct locker *l, struct range *r);
+
 /* Bytes of @r that are on-fault locked and not resident. */
 uint64_t locker_count_absent(const struct extents *on_fault, struct range r);
 

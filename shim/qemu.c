@@ -49,6 +49,7 @@ static struct {
 	MemoryRegion *(*host_memory_backend_get_memory)(Object *);
 	void *(*memory_region_get_ram_ptr)(MemoryRegion *);
 	void *(*memory_region_get_ram_discard_manager)(MemoryRegion *); /* from 6.1 */
+	uint64_t (*get_plugged_memory_size)(void); /* of DIMMs and their like */
 	void (*ram_block_notifier_add)(void *);
 	_Bool (*qemu_ram_is_shared)(RAMBlock *);
 	_Bool (*runstate_check)(int);
@@ -134,6 +135,7 @@ void qemu_init(struct qemu *q)
 	LOOK_UP(host_memory_backend_get_memory);
 	LOOK_UP(memory_region_get_ram_ptr);
 	LOOK_UP(memory_region_get_ram_discard_manager);
+	LOOK_UP(get_plugged_memory_size);
 	LOOK_UP(ram_block_notifier_add);
 	LOOK_UP(qemu_ram_is_shared);
 	LOOK_UP(runstate_check);
@@ -298,7 +300,7 @@ static int add_block(RAMBlock *rb, void *opaque)
 	return 0;
 }
 
-int qemu_walk(struct ram_layout *l, bool *spare)
+int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook)
 {
 	static struct walk w; /* too large for QEMU's stack; bottom halves never run in parallel */
 
@@ -309,7 +311,8 @@ int qemu_walk(struct ram_layout *l, bool *spare)
 	sym.qemu_ram_foreach_block(add_block, &w);
 	layout_finish(l);
 	w.before = *l;
-	*spare = w.backends.spare;
+	outlook->may_grow = w.backends.spare;
+	outlook->may_shrink = sym.get_plugged_memory_size ? sym.get_plugged_memory_size() : w.backends.n > 1;
 	return w.err;
 }
 

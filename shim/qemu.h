@@ -46,11 +46,14 @@ bool qemu_machine_ready(void);
 /* Bottom half only: whether this VM is, or is going to be, the target of a postcopy migration. */
 bool qemu_is_postcopy_target(void);
 
-/*
- * Bottom half only: lists guest RAM. *@spare says whether there is a memory backend that is not plugged in: QEMU does not
- * tell when it will be. Returns 0, or -E2BIG when there are too many blocks.
- */
-int qemu_walk(struct ram_layout *l, bool *spare);
+/* What may become of guest RAM without that QEMU tells. */
+struct qemu_outlook {
+	bool may_grow; /* there is a memory backend that is not plugged in */
+	bool may_shrink; /* there is one that can be unplugged */
+};
+
+/* Bottom half only: lists guest RAM. Returns 0, or -E2BIG when there are too many blocks. */
+int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook);
 
 /* Bottom half only, once: tells @w about every change of RAM from now on. Returns false when this QEMU cannot. */
 bool qemu_watch(const struct qemu_watcher *w);

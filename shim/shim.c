@@ -70,6 +70,7 @@ static struct shim {
 	atomic_bool dirty; /* guest RAM should be looked at again */
 	atomic_bool scheduled; /* a bottom half that looks is on its way */
 	atomic_bool known; /* guest RAM was listed */
+	atomic_bool may_shrink; /* ... and may become less without a word */
 	pthread_mutex_t looking; /* with `looked`: for waiting until a look has ended */
 	pthread_cond_t looked;
 	unsigned int forks; /* since enter() */
@@ -167,7 +168,8 @@ static void look(void *opaque)
 {
 	static struct ram_layout layout;
 	struct shim *s = opaque;
-	bool spare, postcopy;
+	struct qemu_outlook outlook;
+	bool postcopy;
 	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
 
 	if (!atomic_load(&s->active))
@@ -178,7 +180,7 @@ static void look(void *opaque)
 		if (!s->watching)
 			s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
 		atomic_store(&s->dirty, false);
-		if (qemu_walk(&layout, &spare))
+		if (qemu_walk(&layout, &outlook))
 			warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
 		postcopy = qemu_is_postcopy_target();
 		locker_suspend(&s->locker, postcopy ? POSTCOPY : NULL);
@@ -186,9 +188,10 @@ static void look(void *opaque)
 			launch_guarantee(s, layout.total);
 		locker_set_layout(&s->locker, &layout);
 		atomic_store(&s->known, true);
-		/* QEMU tells neither of the end of a migration nor of a backend that is plugged in: look again, by and by. */
-		if (postcopy || (spare && locker_wants_more(&s->locker)))
+		/* QEMU tells neither of the end of a migration nor of a DIMM that is plugged or unplugged: look again, by and by. */
+		if (postcopy || (outlook.may_grow && locker_wants_more(&s->locker)))
 			atomic_store(&s->dirty, true);
+		atomic_store(&s->may_shrink, outlook.may_shrink);
 	}
 	pthread_mutex_lock(&s->looking);
 	atomic_store(&s->scheduled, false);
@@ -222,16 +225,20 @@ static void schedule_look(struct shim *s)
 /* ---- Guest RAM of a QEMU that does not export its symbols; the control thread, and the lock thread before it plans ---- */
 
 /* Forgets what is not what the controller took for guest RAM any more. */
-static void look_at_pushed(void *opaque)
+static void look_at_pushed(struct shim *s)
 {
-	struct shim *s = opaque;
-
 	if (s->qemu.symbols || !atomic_load(&s->known))
 		return;
 	pthread_mutex_lock(&s->pushed.mutex);
 	if (pushed_look(&s->pushed))
 		locker_set_layout(&s->locker, &s->pushed.layout);
 	pthread_mutex_unlock(&s->pushed.mutex);
+}
+
+/* The lock thread is about to plan. */
+static void before_plan(void *opaque)
+{
+	look_at_pushed(opaque);
 }
 
 /* Takes guest RAM from the controller. Returns 0, or -EINVAL with the reason in @text. */
@@ -249,6 +256,7 @@ static int push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT])
 		if (!atomic_load(&s->known))
 			launch_guarantee(s, s->pushed.layout.total);
 		locker_set_layout(&s->locker, &s->pushed.layout);
+		atomic_store(&s->may_shrink, s->pushed.layout.n > 1); /* one block is machine RAM, which stays */
 		atomic_store(&s->known, true);
 	}
 	pthread_mutex_unlock(&s->pushed.mutex);
@@ -259,14 +267,14 @@ static int push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT])
  * Looks at guest RAM before a command that depends on it: QEMU tells of RAM blocks that come and go, but not of a memory
  * backend that is plugged or unplugged as a DIMM. A main loop that is busy is not waited for: what was known must do.
  */
-static void look_now(void *opaque)
+static void look_now(void *opaque, bool certain)
 {
 	struct shim *s = opaque;
 	struct timespec deadline;
 	bool busy = false;
 
-	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + LOOK_AGAIN_MIN_MS)
-		return; /* a flood of commands is no flood of bottom halves, nor of waits */
+	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + (certain ? 0 : LOOK_AGAIN_MIN_MS))
+		return; /* a flood of queries is no flood of bottom halves, nor of waits */
 	if (!s->qemu.symbols) {
 		look_at_pushed(s);
 		s->looked_ms = now_ms();
@@ -289,20 +297,20 @@ static void look_now(void *opaque)
 	s->looked_ms = now_ms() + (busy ? BUSY_MS : 0);
 }
 
-/* Where the controller tells what guest RAM is, a block may vanish without a word. Returns as find_ram(). */
-static int watch_pushed(struct shim *s)
+/* Looks at guest RAM now and then while something is locked that may go without a word. Returns as find_ram(). */
+static int look_now_and_then(struct shim *s, void (*look_again)(struct shim *s))
 {
 	int64_t now = now_ms();
 
-	if (!atomic_load(&s->known) || !locker_holds_of_many(&s->locker)) {
+	if (!atomic_load(&s->may_shrink) || !locker_has_guarantee(&s->locker)) {
 		s->look_at_ms = 0;
 		return -1;
 	}
 	if (!s->look_at_ms)
 		s->look_at_ms = now + SLOW_LOOK_MS;
 	if (now >= s->look_at_ms) {
-		look_at_pushed(s);
 		s->look_at_ms = now + SLOW_LOOK_MS;
+		look_again(s);
 	}
 	return (int)(s->look_at_ms - now);
 }
@@ -315,7 +323,7 @@ static int find_ram(struct shim *s)
 	if (!s->qemu.symbols) {
 		if (!s->daemonizes || s->forks >= 2)
 			control_listen(&s->control);
-		return watch_pushed(s);
+		return look_now_and_then(s, look_at_pushed);
 	}
 	if (!s->begun) {
 		if (!qemu_has_main_loop())
@@ -327,11 +335,10 @@ static int find_ram(struct shim *s)
 	}
 	if (!atomic_load(&s->dirty)) {
 		s->pause_ms = LOOK_AGAIN_MIN_MS;
-		s->look_at_ms = 0;
-		return -1;
+		return look_now_and_then(s, schedule_look);
 	}
 	/* The pause lets QEMU go on, and gathers the changes that come together. */
-	if (!s->look_at_ms)
+	if (!s->look_at_ms || s->look_at_ms > now + s->pause_ms)
 		s->look_at_ms = now + s->pause_ms;
 	if (now < s->look_at_ms)
 		return (int)(s->look_at_ms - now);
@@ -447,8 +454,9 @@ static int start(struct shim *s)
 	atomic_store(&s->dirty, false);
 	atomic_store(&s->scheduled, false);
 	atomic_store(&s->known, false);
+	atomic_store(&s->may_shrink, false);
 	locker_init(&s->locker, locker_news, s);
-	s->locker.look = look_at_pushed;
+	s->locker.look = before_plan;
 	pushed_init(&s->pushed);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;

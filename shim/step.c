@@ -225,6 +225,15 @@ static void do_unlock(struct stepper *st, const struct step *s, struct outcome *
 		explain_errno(st, err, s, "unlocking guest RAM", o);
 }
 
+/* Unlocks what is there of @s: munlock() stops at the first hole, so then each page is asked for. */
+static void do_let_go(const struct step *s)
+{
+	if (!sys_munlock(s->r))
+		return;
+	for (uint64_t at = s->r.start; at < s->r.end; at += PAGE)
+		sys_munlock((struct range){ at, at + PAGE });
+}
+
 void stepper_init(struct stepper *st)
 {
 	*st = (struct stepper){ .pagemap = -1 };
@@ -256,6 +265,9 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 		break;
 	case STEP_UNLOCK:
 		do_unlock(st, s, o);
+		break;
+	case STEP_LET_GO:
+		do_let_go(s);
 		break;
 	case STEP_FORGET:
 		break;

@@ -20,6 +20,7 @@ enum step_kind {
 	STEP_LOCK,
 	STEP_POPULATE, /* an on-fault lock that should be populated now */
 	STEP_UNLOCK,
+	STEP_LET_GO, /* unlock what is no guest RAM any more, and may be unmapped by now */
 	STEP_FORGET, /* release what was never ours */
 };
 

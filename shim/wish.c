@@ -6,6 +6,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 static const uint64_t REMOVE_WAIT_NS = 100 * NS_PER_MS;
 
@@ -63,7 +64,7 @@ static void expect_work(struct locker *l)
 		return;
 	if (l->books.held.total < want || (l->books.held.total == want && l->wish.prefault && l->books.on_fault.total))
 		l->state = LOCKER_LOCKING;
-	else if (l->books.held.total > want)
+	else if (l->books.held.total > want || l->books.gone.total)
 		l->state = LOCKER_UNLOCKING;
 	else if (l->state == LOCKER_SHORT)
 		l->state = LOCKER_LOCKING; /* until the thread has looked */
@@ -105,10 +106,10 @@ void locker_check_books(struct locker *l)
 
 	pthread_mutex_lock(&l->mutex);
 	n_steps = l->n_steps;
-	busy = range_size(l->in_flight);
+	busy = range_size(l->in_flight) || l->books.gone.total;
 	pthread_mutex_unlock(&l->mutex);
 	if (busy)
-		return;
+		return; /* or `gone`, which may have been unmapped already */
 	vm_locked = headroom_vm_locked(&l->stepper.headroom);
 	pthread_mutex_lock(&l->mutex);
 	if (n_steps == l->n_steps && vm_locked >= 0 &&
@@ -148,10 +149,10 @@ void locker_set_layout(struct locker *l, const struct ram_layout *layout)
 {
 	pthread_mutex_lock(&l->mutex);
 	if (!l->known || !layout_equal(&l->layout, layout)) {
+		books_keep_layout(&l->books, &l->layout, layout);
 		l->layout = *layout;
 		l->known = true;
 		l->layout_generation++;
-		books_keep_layout(&l->books, layout);
 		expect_work(l);
 	}
 	pthread_mutex_unlock(&l->mutex);
@@ -168,7 +169,8 @@ bool locker_remove(struct locker *l, struct range gone)
 	bool known = false, ours;
 
 	pthread_mutex_lock(&l->mutex);
-	ours = extents_overlap(&l->books.held, gone) > extents_overlap(&l->books.foreign, gone);
+	ours = extents_overlap(&l->books.held, gone) > extents_overlap(&l->books.foreign, gone) ||
+	       extents_overlap(&l->books.gone, gone);
 	for (size_t i = 0; i < l->layout.n; i++) {
 		struct ram_block *b = &l->layout.v[i];
 
@@ -185,10 +187,12 @@ bool locker_remove(struct locker *l, struct range gone)
 		l->layout_generation++;
 		books_remove(&l->books, gone);
 		expect_work(l);
-		while (overlap(l->in_flight, gone))
-			if (locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
-				break;
 	}
+	extents_remove(&l->books.gone, gone);
+	l->in_flight_gone |= overlap(l->in_flight, gone);
+	while (overlap(l->in_flight, gone)) /* also where it was unplugged before, and is being let go */
+		if (locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
+			break;
 	pthread_mutex_unlock(&l->mutex);
 	return ours;
 }
@@ -203,12 +207,12 @@ bool locker_wants_more(struct locker *l)
 	return more;
 }
 
-bool locker_holds_of_many(struct locker *l)
+bool locker_has_guarantee(struct locker *l)
 {
 	bool yes;
 
 	pthread_mutex_lock(&l->mutex);
-	yes = l->layout.n > 1 && (l->wish.all || l->wish.lock_ram_size);
+	yes = l->wish.all || l->wish.lock_ram_size;
 	pthread_mutex_unlock(&l->mutex);
 	return yes;
 }
@@ -218,13 +222,27 @@ bool locker_is_released(struct locker *l)
 	bool released;
 
 	pthread_mutex_lock(&l->mutex);
-	released = !l->books.held.total && !l->wish.all && !l->wish.lock_ram_size;
+	released = !l->books.held.total && !l->books.gone.total && !l->wish.all && !l->wish.lock_ram_size;
 	pthread_mutex_unlock(&l->mutex);
 	return released;
 }
 
-void locker_give(const struct locker *l, struct books *books, struct wish *wish)
+void locker_give(struct locker *l, struct books *books, struct wish *wish)
 {
+	struct step s = { .kind = STEP_LET_GO };
+
+	/* What is no guest RAM is not handed over; the thread has ended, so it is unlocked here. */
+	while (locker_next_gone(l, &s.r)) {
+		struct outcome o;
+		struct timespec gap;
+		uint64_t began = now_ns();
+
+		step_carry_out(&l->stepper, &s, &o);
+		extents_remove(&l->books.gone, s.r);
+		gap.tv_sec = 0;
+		gap.tv_nsec = (long)pacer_gap(now_ns() - began);
+		nanosleep(&gap, NULL);
+	}
 	*books = l->books;
 	*wish = l->wish;
 }

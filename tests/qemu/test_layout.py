@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -149,3 +150,84 @@ def test_a_told_block_that_goes_is_not_missed(need: Need) -> None:
         assert event["data"]["reason"] == "no-ram"
         assert guest.query()["ram"] == 128 * MIB
         assert truth.locked(guest.pid).vm_lck == 128 * MIB
+
+
+# ---- DIMMs that come and go; nobody asks the shim meanwhile ----
+
+
+def with_slots(memory: int, *more: str) -> list[str]:
+    return ["-m", f"{memory // MIB}M,slots=4,maxmem=4G", *more]
+
+
+def add_backend(guest: Guest, name: str, size: int, kind: str = "memory-backend-ram", **more: Any) -> None:
+    guest.monitor.execute("object-add", {"qom-type": kind, "id": name, "size": size, **more})
+
+
+def add_dimm(guest: Guest, name: str, backend: str) -> None:
+    guest.monitor.execute("device_add", {"driver": "pc-dimm", "id": name, "memdev": backend})
+
+
+def backend_range(guest: Guest, address: int, size: int) -> truth.Range:
+    start = host_of(guest, address)
+    return truth.Range(start, start + size)
+
+
+def wait_locked(guest: Guest, *ranges: truth.Range, seconds: float = 60) -> None:
+    """Waits until exactly these addresses are locked. The time only ends a test that hangs."""
+    deadline = time.monotonic() + seconds
+    while (held := truth.locked(guest.pid)).ranges != truth.join(ranges) or held.resident != held.span:
+        assert time.monotonic() < deadline, (ranges, held)
+        time.sleep(0.05)
+
+
+def test_a_dimm_that_comes_is_locked() -> None:
+    """With `all`, whatever the order in which backend and device come, and also where no backend was there before."""
+    with Guest(memory=0, args=with_slots(64 * MIB), ramlock=["--guarantee", "all"]) as guest:
+        guest.settle()
+        machine = backend_range(guest, 0, 64 * MIB)
+        wait_locked(guest, machine)
+        time.sleep(0.3)
+        add_backend(guest, "m0", 32 * MIB)
+        time.sleep(0.3)
+        assert truth.vm_lck(guest.pid) == 64 * MIB  # not plugged in: no guest RAM yet
+        add_dimm(guest, "d0", "m0")
+        first = backend_range(guest, ABOVE, 32 * MIB)
+        wait_locked(guest, machine, first)
+        add_backend(guest, "m1", 32 * MIB, "memory-backend-memfd", share=True)
+        add_dimm(guest, "d1", "m1")
+        wait_locked(guest, machine, first, backend_range(guest, ABOVE + 32 * MIB, 32 * MIB))
+        assert guest.query()["requested"] == 128 * MIB
+
+
+def test_an_unplugged_dimm_is_locked_elsewhere() -> None:
+    """Its bytes move to what is left; its backend, which stays, is unlocked. Then there is nothing left: short."""
+    with Guest(memory=0, args=with_slots(64 * MIB)) as guest, guest.shim() as shim:
+        guest.settle()
+        for slot in range(2):
+            add_backend(guest, f"m{slot}", 32 * MIB)
+            add_dimm(guest, f"d{slot}", f"m{slot}")
+        machine = backend_range(guest, 0, 64 * MIB)
+        dimms = [backend_range(guest, ABOVE + slot * 32 * MIB, 32 * MIB) for slot in range(2)]
+        guest.guarantee(96 * MIB, order="address")
+        held = truth.locked(guest.pid)
+        assert held.vm_lck == 96 * MIB
+        # QEMU maps the newer below the older, so both DIMMs are locked, and half of the machine's RAM.
+        assert all(any(part.contains(dimm) for part in held.ranges) for dimm in dimms)
+        unplug(guest, "d0", 0)
+        wait_locked(guest, machine, dimms[1])
+        shim.events.clear()
+        unplug(guest, "d1", 1)
+        event = shim.wait_event("RAM_MINGUARANTEE_SHORT", timeout=60)
+        assert event["data"]["reason"] == "no-ram"
+        wait_locked(guest, machine)
+        reply = guest.query()
+        assert (reply["state"], reply["short"]["reason"], reply["foreign"]) == ("short", "no-ram", 0)
+        for slot in range(2):
+            guest.monitor.execute("object-del", {"id": f"m{slot}"})
+        wait_locked(guest, machine)
+        # Plugged in again, it is locked again.
+        add_backend(guest, "m0", 32 * MIB)
+        add_dimm(guest, "d0", "m0")
+        wait_locked(guest, machine, backend_range(guest, ABOVE, 32 * MIB))
+        shim.wait_event("RAM_MINGUARANTEE_REACHED", timeout=60)
+        guest.check_unharmed()

@@ -98,16 +98,31 @@ static void a_step_stays_within_a_block(void)
 
 static void an_unplugged_block_leaves_the_books(void)
 {
+	static struct ram_layout now;
+
 	begin();
 	books_add(&books, pages(PAGES + 5, 6), true, true);
 	books_add(&books, pages(0, 6), false, true);
 	books_add(&books, pages(PAGES + 100, 6), false, false);
-	layout.n = 1;
-	layout_finish(&layout);
-	books_keep_layout(&books, &layout);
+	now = layout;
+	now.n = 1;
+	layout_finish(&now);
+	books_keep_layout(&books, &layout, &now);
 	CHECK_EQ(books.held.total, 6 * PAGE);
 	CHECK_EQ(books.foreign.total, 0);
 	CHECK_EQ(books.on_fault.total, 6 * PAGE);
+	/* What was ours there is to be unlocked, and counts as ours until then. */
+	CHECK_EQ(books.gone.total, 6 * PAGE);
+	CHECK_EQ(extents_overlap(&books.gone, pages(PAGES + 100, 6)), 6 * PAGE);
+	CHECK_EQ(books_in_vm_locked(&books, &now), 12 * PAGE);
+	/* Huge pages of hugetlbfs are never in VmLck, and not to be split. */
+	begin();
+	layout.v[1].backing = BACKING_HUGETLB;
+	books_add(&books, pages(PAGES - 3, 6), false, false);
+	now.n = 0;
+	books_keep_layout(&books, &layout, &now);
+	CHECK_EQ(books.held.total, 0);
+	CHECK_EQ(books.gone.total, 3 * PAGE);
 	check_history();
 }
 

@@ -82,6 +82,17 @@ static void wait_idle(void)
 	CHECK_EQ(status.state, LOCKER_IDLE);
 }
 
+static void wait_short(void)
+{
+	time_t deadline = time(NULL) + DEADLINE_S;
+
+	do {
+		usleep(1000);
+		locker_query(&locker, &status);
+	} while (status.state != LOCKER_SHORT && time(NULL) < deadline);
+	CHECK_EQ(status.state, LOCKER_SHORT);
+}
+
 static void set(uint64_t size, enum order order, bool prefault)
 {
 	struct wish w = { .lock_ram_size = size, .order = order, .prefault = prefault };
@@ -239,6 +250,42 @@ static void an_unplugged_block_moves_the_guarantee(void)
 	munmap((void *)(uintptr_t)layout.v[1].host.start, BLOCK);
 }
 
+/* Out of the guest, but still mapped: nothing of it stays locked, whatever the lock thread was about. */
+static void an_unplugged_block_that_stays_is_unlocked(void)
+{
+	struct ram_layout small;
+
+	for (unsigned int i = 0; i < 60; i++) {
+		begin();
+		small = layout;
+		small.n = 1;
+		layout_finish(&small);
+		set(BLOCK + 40 * MIB, i % 2 ? ORDER_RESIDENT : ORDER_ADDRESS, i % 3);
+		usleep(i * 500); /* in the middle of it */
+		locker_set_layout(&locker, &small);
+		wait_short();
+		CHECK_EQ(status.shortage, SHORTAGE_NO_RAM);
+		CHECK_EQ(status.armed, BLOCK);
+		CHECK_EQ(status.foreign, 0);
+		CHECK_EQ(vm_locked(), BLOCK);
+		/* Back again, and gone while it is being unlocked. */
+		locker_set_layout(&locker, &layout);
+		wait_idle();
+		CHECK_EQ(vm_locked(), BLOCK + 40 * MIB);
+		locker_set_layout(&locker, &small);
+		if (i % 2)
+			usleep(i * 20);
+		locker_remove(&locker, layout.v[1].host);
+		CHECK_EQ(munmap((void *)(uintptr_t)layout.v[1].host.start, BLOCK), 0);
+		wait_short();
+		CHECK_EQ(vm_locked(), BLOCK);
+		set(0, ORDER_ADDRESS, true);
+		wait_idle();
+		locker_remove(&locker, layout.v[0].host);
+		munmap((void *)(uintptr_t)layout.v[0].host.start, BLOCK);
+	}
+}
+
 static void all_follows_the_layout(void)
 {
 	struct wish w = { .all = true, .prefault = true };
@@ -277,4 +324,4 @@ static void too_much_is_refused_and_the_former_wish_stays(void)
 CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on_fault_locks_what_is_touched),
 	   CASE(the_last_of_many_wishes_counts), CASE(a_scattered_guest_stays_in_few_extents),
 	   CASE(locks_of_others_are_left_alone), CASE(an_unplugged_block_moves_the_guarantee),
-	   CASE(all_follows_the_layout), CASE(too_much_is_refused_and_the_former_wish_stays))
+	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(all_follows_the_layout), CASE(too_much_is_refused_and_the_former_wish_stays))
