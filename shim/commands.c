@@ -14,7 +14,7 @@ struct argument {
 	json_type type;
 };
 
-enum { ARGUMENTS_MAX = 4 };
+enum { ARGUMENTS_MAX = 6 };
 
 struct command {
 	const char *name;
@@ -65,6 +65,20 @@ static bool read_order(const char *name, enum order *order)
 	return true;
 }
 
+/* Reads the number @key, if it is there. Returns false when it is not one from @min to @max. */
+static bool read_number(struct json_object *o, const char *key, int64_t min, int64_t max, uint32_t *out)
+{
+	struct json_object *value;
+
+	if (!json_object_object_get_ex(o, key, &value))
+		return true;
+	if (!json_object_is_type(value, json_type_int) || json_object_get_int64(value) < min ||
+	    json_object_get_int64(value) > max)
+		return false;
+	*out = (uint32_t)json_object_get_int64(value);
+	return true;
+}
+
 static void set_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
 {
 	struct json_object *size = NULL, *all = NULL, *order = NULL, *prefault = NULL;
@@ -104,6 +118,15 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 	}
 	if (prefault)
 		wish.prefault = json_object_get_boolean(prefault);
+	if (!read_number(arguments, "hold-budget", HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &wish.hold_budget_us)) {
+		qmp_fail(r, NULL, "Parameter 'hold-budget' expects a number of microseconds from %d to %d",
+			 HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US);
+		return;
+	}
+	if (!read_number(arguments, "threads", 1, THREADS_MAX, &wish.threads)) {
+		qmp_fail(r, NULL, "Parameter 'threads' expects a number from 1 to %d", THREADS_MAX);
+		return;
+	}
 
 	err = locker_set(c->locker, &wish, text);
 	if (err) {
@@ -155,6 +178,8 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	add_size(o, "ram", s->ram);
 	add_string(o, "order", order_name(s->wish.order));
 	add_bool(o, "prefault", s->wish.prefault);
+	add_size(o, "hold-budget", s->wish.hold_budget_us);
+	add_size(o, "threads", s->wish.threads);
 	add_size(o, "generation", s->generation);
 	for (size_t i = 0; i < s->n_blocks; i++) {
 		struct json_object *block = block_object(&s->blocks[i].block);
@@ -317,6 +342,8 @@ static void give(struct commands *c, struct qmp_reply *r)
 	add_bool(wish_object, "all", wish.all);
 	add_string(wish_object, "order", order_name(wish.order));
 	add_bool(wish_object, "prefault", wish.prefault);
+	add_size(wish_object, "hold-budget", wish.hold_budget_us);
+	add_size(wish_object, "threads", wish.threads);
 	r->value = json_object_new_object();
 	add(r->value, "books", books);
 	add(r->value, "wish", wish_object);
@@ -384,7 +411,10 @@ static bool read_wish(struct json_object *o, struct wish *wish)
 	wish->lock_ram_size = json_object_get_uint64(size);
 	wish->all = json_object_get_boolean(all);
 	wish->prefault = json_object_get_boolean(prefault);
-	return read_order(json_object_get_string(order), &wish->order);
+	wish->hold_budget_us = wish->threads = 0; /* the usual, from a shim that does not know these */
+	return read_order(json_object_get_string(order), &wish->order) &&
+	       read_number(o, "hold-budget", HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &wish->hold_budget_us) &&
+	       read_number(o, "threads", 1, THREADS_MAX, &wish->threads);
 }
 
 /* Takes over what "ramlock-eject keep" of another shim in this process returned. */
@@ -425,7 +455,9 @@ static const struct command table[] = {
 	  { { "size", json_type_int },
 	    { "all", json_type_boolean },
 	    { "order", json_type_string },
-	    { "prefault", json_type_boolean } } },
+	    { "prefault", json_type_boolean },
+	    { "hold-budget", json_type_int },
+	    { "threads", json_type_int } } },
 	{ "query-ram-minguarantee", query_ram_minguarantee, { { 0 } } },
 	{ "query-ram-blocks", query_ram_blocks, { { 0 } } },
 	{ "set-ram-blocks", set_ram_blocks, { { "blocks", json_type_array } } },

@@ -109,17 +109,23 @@ uint64_t guarantee_resolve(const struct guarantee *g, uint64_t ram)
 
 typedef const char *config_get_fn(void *opaque, const char *name);
 
-static bool parse_uid(const char *text, uid_t *out)
+/* Reads a decimal number from @min to @max; *out stays as it is when there is none. */
+static bool parse_number(const char *text, unsigned long min, unsigned long max, uint32_t *out)
 {
-	unsigned long uid;
+	unsigned long value;
 	char *end;
 
 	errno = 0;
-	uid = strtoul(text, &end, 10);
-	if (errno || *end || *text < '0' || *text > '9' || uid >= UINT32_MAX)
+	value = strtoul(text, &end, 10);
+	if (errno || *end || *text < '0' || *text > '9' || value < min || value > max)
 		return false;
-	*out = (uid_t)uid;
+	*out = (uint32_t)value;
 	return true;
+}
+
+static bool parse_uid(const char *text, uid_t *out)
+{
+	return parse_number(text, 0, UINT32_MAX - 1, out);
 }
 
 static void config_read(struct config *c, config_get_fn *get, void *opaque, void (*warn)(const char *fmt, ...))
@@ -145,6 +151,15 @@ static void config_read(struct config *c, config_get_fn *get, void *opaque, void
 		c->prefault = false;
 	else if (text && *text && strcmp(text, "1"))
 		warn("RAMLOCK_PREFAULT: '%s' is neither 0 nor 1; using 1", text);
+
+	text = get(opaque, "RAMLOCK_HOLD_BUDGET");
+	if (text && *text && !parse_number(text, HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &c->hold_budget_us))
+		warn("RAMLOCK_HOLD_BUDGET: '%s' is not a number of microseconds from %d to %d; using %d", text,
+		     HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, HOLD_BUDGET_US);
+
+	text = get(opaque, "RAMLOCK_THREADS");
+	if (text && *text && !parse_number(text, 1, THREADS_MAX, &c->threads))
+		warn("RAMLOCK_THREADS: '%s' is not a number from 1 to %d; using 1", text, THREADS_MAX);
 
 	text = get(opaque, "RAMLOCK_SOCKET");
 	if (text && strlen(text) >= sizeof(c->socket))

@@ -19,6 +19,8 @@ struct config {
 	struct guarantee guarantee; /* 0 bytes: none */
 	enum order order;
 	bool prefault;
+	uint32_t hold_budget_us; /* 0: the usual */
+	uint32_t threads;
 	char socket[sizeof(((struct sockaddr_un *)0)->sun_path)]; /* empty: the usual place */
 	uid_t owner; /* may always connect */
 	bool has_allow_uid;

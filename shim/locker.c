@@ -56,7 +56,7 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	memset(l, 0, sizeof(*l));
 	l->notify = notify;
 	l->opaque = opaque;
-	l->wish.prefault = true;
+	l->wish = (struct wish){ .prefault = true, .hold_budget_us = HOLD_BUDGET_US, .threads = 1 };
 	stepper_init(&l->stepper);
 	pthread_mutex_init(&l->mutex, NULL);
 	pthread_condattr_init(&attr);

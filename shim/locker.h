@@ -32,6 +32,15 @@ struct wish {
 	bool all; /* lock_ram_size follows the size of guest RAM */
 	enum order order;
 	bool prefault; /* false: lock pages only when the guest touches them */
+	uint32_t hold_budget_us; /* how long one system call may keep mmap_lock; 0: HOLD_BUDGET_US */
+	uint32_t threads; /* that populate; 0: one */
+};
+
+enum {
+	HOLD_BUDGET_US = 500,
+	HOLD_BUDGET_MIN_US = 50,
+	HOLD_BUDGET_MAX_US = 100 * 1000,
+	THREADS_MAX = 16,
 };
 
 /* Something happened that clients want to hear of. */

@@ -145,7 +145,8 @@ static bool ram_removed(void *opaque, struct range gone)
 static void launch_guarantee(struct shim *s, uint64_t ram)
 {
 	const struct guarantee *g = &s->config.guarantee;
-	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault };
+	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault,
+			     .hold_budget_us = s->config.hold_budget_us, .threads = s->config.threads };
 
 	wish.all = g->kind == GUARANTEE_ALL;
 	wish.lock_ram_size = guarantee_resolve(g, ram);

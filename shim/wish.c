@@ -74,6 +74,8 @@ static void expect_work(struct locker *l)
 static void accept_wish(struct locker *l, const struct wish *w)
 {
 	l->wish = *w;
+	l->wish.hold_budget_us = w->hold_budget_us ? w->hold_budget_us : HOLD_BUDGET_US;
+	l->wish.threads = w->threads ? w->threads : 1;
 	l->generation++;
 	pacer_reset(&l->pacer);
 	l->began_ns = l->progress_ns = now_ns();

@@ -50,6 +50,9 @@ class Wish:
     size: Size
     order: str | None = None
     prefault: bool | None = None
+    hold_budget: int | None = None
+    """Microseconds."""
+    threads: int | None = None
 
     def arguments(self, ram: int) -> dict[str, Any]:
         """Return the arguments of set_ram_minguarantee; a percentage is resolved once, here."""
@@ -58,6 +61,10 @@ class Wish:
             arguments["order"] = self.order
         if self.prefault is not None:
             arguments["prefault"] = self.prefault
+        if self.hold_budget is not None:
+            arguments["hold-budget"] = self.hold_budget
+        if self.threads is not None:
+            arguments["threads"] = self.threads
         return arguments
 
 

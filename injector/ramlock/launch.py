@@ -30,6 +30,9 @@ class Options:
     prefault: bool | None = None
     socket: Path | None = None
     allow_uid: int | None = None
+    hold_budget: int | None = None
+    """Microseconds."""
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,10 @@ def shim_environ(environ: Mapping[str, str], library: Path, options: Options) ->
         result["RAMLOCK_ORDER"] = options.order
     if options.prefault is not None:
         result["RAMLOCK_PREFAULT"] = str(int(options.prefault))
+    if options.hold_budget is not None:
+        result["RAMLOCK_HOLD_BUDGET"] = str(options.hold_budget)
+    if options.threads is not None:
+        result["RAMLOCK_THREADS"] = str(options.threads)
     if options.allow_uid is not None:
         result["RAMLOCK_ALLOW_UID"] = str(options.allow_uid)
     if options.socket is not None:

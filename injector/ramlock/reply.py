@@ -62,6 +62,9 @@ class Guarantee(NamedTuple):
     eta_s: int | None
     step_max_us: int | None
     step_p99_us: int | None
+    hold_budget: int | None
+    """Microseconds; None from a shim that does not tell."""
+    threads: int | None
     memlock_limit: int | None
     """RLIMIT_MEMLOCK; None is unlimited."""
     why: Why | None
@@ -105,6 +108,8 @@ def parse(reply: object) -> Guarantee:
         eta_s=_maybe(reply, "eta-s"),
         step_max_us=_maybe(reply, "step-max-us"),
         step_p99_us=_maybe(reply, "step-p99-us"),
+        hold_budget=_maybe(reply, "hold-budget"),
+        threads=_maybe(reply, "threads"),
         memlock_limit=_maybe(reply, "memlock-limit"),
         why=_why(why) if isinstance(why, dict) else None,
         launch_error=printable(_get(reply, "launch-error", str)) if "launch-error" in reply else None,

@@ -14,6 +14,10 @@ from ramlock.vms import Selector
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+HOLD_BUDGET_MIN, HOLD_BUDGET_MAX = 50, 100_000
+"""Microseconds that a shim takes as the hold budget."""
+THREADS_MAX = 16
+
 
 def read_size(ctx: click.Context, param: click.Parameter, value: str | None) -> Size | None:
     """Read a SIZE, as a click callback.
@@ -78,8 +82,20 @@ def which_pid(pid: int | None, vm: str | None, find: Callable[[str], int]) -> in
 
 
 def lock_options(function: F) -> F:
-    """Add the options that say how to lock."""
+    """Add the options that say how to lock; launch.Options and guarantee.Wish have them as fields."""
     for option in (
+        click.option(
+            "--threads",
+            type=click.IntRange(1, THREADS_MAX),
+            metavar="N",
+            help="Threads that fill the memory, for very large guests (default 1).",
+        ),
+        click.option(
+            "--hold-budget",
+            type=click.IntRange(HOLD_BUDGET_MIN, HOLD_BUDGET_MAX),
+            metavar="US",
+            help="The longest that one step may keep QEMU from changing its memory map, in microseconds (default 500).",
+        ),
         click.option(
             "--prefault/--no-prefault",
             default=None,

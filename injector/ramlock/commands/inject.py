@@ -61,6 +61,8 @@ def command(
     allow_uid: int | None,
     order: str | None,
     prefault: bool | None,
+    hold_budget: int | None,
+    threads: int | None,
     wait: bool,
     timeout: float,
     allow_seccomp: bool,
@@ -95,7 +97,7 @@ def command(
                     "the shim is in the VM, but its guest RAM is not known yet; nothing was locked",
                     "try again when the VM has started",
                 )
-            wish = guarantee.Wish(size, order, prefault)
+            wish = guarantee.Wish(size, order, prefault, hold_budget, threads)
             now = place_and_follow(found, wish, Deadline(None), wait=wait, patient=False)
         if as_json:
             emit_json(_json(outcome))

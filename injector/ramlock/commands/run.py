@@ -29,6 +29,8 @@ def command(
     allow_uid: int | None,
     order: str | None,
     prefault: bool | None,
+    hold_budget: int | None,
+    threads: int | None,
     qemu: tuple[str, ...],
 ) -> None:
     """Start QEMU with the shim in it.
@@ -54,7 +56,7 @@ def command(
     """
     from ramlock import launch  # takes pyelftools, which --help need not
 
-    options = launch.Options(guarantee, order, prefault, socket, allow_uid)
+    options = launch.Options(guarantee, order, prefault, socket, allow_uid, hold_budget, threads)
     ready = launch.prepare(qemu, options, launch.own_environ(os.environ))
     for warning in ready.warnings:
         click.echo(f"ramlock: {warning}", err=True)

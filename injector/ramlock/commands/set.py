@@ -47,6 +47,8 @@ def command(
     socket: Path | None,
     order: str | None,
     prefault: bool | None,
+    hold_budget: int | None,
+    threads: int | None,
     wait: bool,
     timeout: float | None,
     as_json: bool,
@@ -73,7 +75,7 @@ def command(
     with vms.session(chosen, patience=patience, deadline=deadline) as found:
         now = place_and_follow(
             found,
-            guarantee.Wish(size, order, prefault),
+            guarantee.Wish(size, order, prefault, hold_budget, threads),
             deadline,
             wait=wait,
             patient=timeout is not None,

@@ -54,7 +54,8 @@ def lines(now: Guarantee) -> list[str]:
     if now.memlock_limit is not None:
         rows.append(("limit", f"{format_size(now.memlock_limit)} (RLIMIT_MEMLOCK)"))
     if now.step_max_us:
-        rows.append(("longest step", f"{now.step_max_us / 1000:.1f} ms"))
+        budget = "" if now.hold_budget is None else f", {now.hold_budget / 1000:.1f} ms aimed at"
+        rows.append(("longest step", f"{now.step_max_us / 1000:.1f} ms{budget}"))
     result = [f"  {name:<13} {value}" for name, value in rows]
     if now.blocks:
         table = [("block", "size", "locked", "pages", "backing")]
