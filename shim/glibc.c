@@ -80,3 +80,13 @@ int lstat(const char *restrict path, struct stat *restrict facts)
 {
 	return (int)syscall(SYS_newfstatat, AT_FDCWD, path, facts, AT_SYMLINK_NOFOLLOW);
 }
+
+int fstat(int fd, struct stat *facts)
+{
+	return (int)syscall(SYS_fstat, fd, facts);
+}
+
+int fstatat(int folder, const char *restrict path, struct stat *restrict facts, int flags)
+{
+	return (int)syscall(SYS_newfstatat, folder, path, facts, flags);
+}

@@ -27,7 +27,6 @@
 #define ALL_SIGNALS	80	/* a full signal mask */
 #define OLD_SIGNALS	88	/* out: the thread's own mask */
 #define OLD_ERRNO	96	/* out */
-#define RESULT		104	/* out: what ramlock_start() returned; 1 dlopen failed, 2 dlsym failed */
 
 #define SYS_rt_sigprocmask 14
 #define SIG_SETMASK 2
@@ -85,21 +84,18 @@ ramlock_trampoline:
 	movq PATH(%rbx), %rdi
 	movl $RTLD_NOW, %esi
 	call *DLOPEN(%rbx)
-	movl $1, %r12d
 	testq %rax, %rax
 	jz 1f
 	movq %rax, %rdi
 	movq SYMBOL(%rbx), %rsi
 	call *DLSYM(%rbx)
-	movl $2, %r12d
 	testq %rax, %rax
 	jz 1f
 	movq CONFIG(%rbx), %rdi
 	call *%rax
-	movslq %eax, %r12
-1:	movq %r12, RESULT(%rbx)
 
-	call *ERRNO(%rbx)
+	/* What came of it the controller sees by itself, in the loader's list and in the threads. */
+1:	call *ERRNO(%rbx)
 	movl OLD_ERRNO(%rbx), %ecx
 	movl %ecx, (%rax)
 

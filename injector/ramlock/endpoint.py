@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ramlock import inside, procfs
 from ramlock.deadline import Deadline
-from ramlock.errors import NoAnswer, NoPermission, NotFound, NotOurs, RamlockError
+from ramlock.errors import NoAnswer, NoPermission, NotFound, NotOurs, RamlockError, UsageError
 from ramlock.text import printable
 
 _RETRY = 0.02
@@ -44,6 +44,17 @@ def peer(sock: socket.socket) -> Peer:
     """Return who called listen() on the socket that `sock` is connected to."""
     pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return Peer(pid, uid)
+
+
+def check_allowed(allow_uid: int | None, socket: str | None) -> None:
+    """Raise UsageError when `allow_uid` is to be let in where only our own user can come to: our usual place."""
+    uid = os.geteuid()
+    if allow_uid in (None, 0, uid) or uid == 0 or socket is not None:
+        return
+    raise UsageError(
+        f"--allow-uid {allow_uid} would let nobody in: only uid {uid} can enter the folder of the socket's usual place",
+        f"name another place with --socket, in a folder that uid {allow_uid} can enter",
+    )
 
 
 def own_folder(pid: int) -> str:

@@ -98,6 +98,7 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
     Raises NotFound, NoPermission and Refused when nothing was done, GuestRamMismatch when the shim was ejected again,
     and whatever a session can raise.
     """
+    endpoint.check_allowed(options.allow_uid, options.socket)
     with ExitStack() as stack:
         pin, process, vm = _existing(stack, pid, options)
         if vm is None:

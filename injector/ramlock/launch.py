@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ramlock import elf, host, procfs, shim
+from ramlock import elf, endpoint, host, procfs, shim
 from ramlock.errors import CannotPreload, LimitTooLow, UsageError
 from ramlock.sizes import Size, format_apart
 from ramlock.text import printable
@@ -50,6 +50,7 @@ def prepare(command: Sequence[str], options: Options, environ: Mapping[str, str]
 
     Raises UsageError, CannotPreload, LimitTooLow.
     """
+    endpoint.check_allowed(options.allow_uid, str(options.socket or "") or environ.get("RAMLOCK_SOCKET") or None)
     program = resolve(command[0], environ.get("PATH", os.defpath))
     library = shim.find(environ)
     facts = elf.read(program, SYMBOLS)

@@ -23,7 +23,7 @@ _LINE = re.compile(
 )
 _PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_NOTE = 1, 2, 3, 4
 _DT_STRTAB, _DT_SYMTAB, _DT_DEBUG, _DT_GNU_HASH = 5, 6, 21, 0x6FFFFEF5
-_DYNAMIC_MOST, _CHAIN_MOST, _PHDRS_MOST, _NOTES_MOST = 512, 4096, 64, 4096
+_DYNAMIC_MOST, _CHAIN_MOST, _PHDRS_MOST, _NOTES_MOST, _LOADER_MOST = 512, 4096, 64, 4096, 4096
 _NT_GNU_BUILD_ID = 3
 
 
@@ -198,7 +198,12 @@ class Object:
         self.segments = [
             Segment(self.bias + h[3], self.bias + h[3] + h[6], bool(h[1] & 1)) for h in headers if h[0] == _PT_LOAD
         ]
-        self.has_loader = any(h[0] == _PT_INTERP for h in headers)
+        self.loader: str | None = None
+        """The path of the program's dynamic loader; None for one that has none."""
+        for h in headers:
+            if h[0] == _PT_INTERP:
+                data = self._memory.read(self.bias + h[3], min(h[5], _LOADER_MOST))
+                self.loader = os.fsdecode(data.partition(b"\0")[0])
         self._notes = [(self.bias + h[3], min(h[5], _NOTES_MOST)) for h in headers if h[0] == _PT_NOTE]
         self._dynamic: dict[int, int] = {}
         for h in headers:

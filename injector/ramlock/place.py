@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from ramlock import endpoint, inside, procfs
 from ramlock.errors import CannotInject, NoPermission, NotFound, UsageError, VmGone
+from ramlock.text import printable
 
 RUN = Path("/run/ramlock")
 MAX_SOCKET_PATH = 107
@@ -47,12 +48,32 @@ def choose(process: procfs.Process, wanted: str | None, proc: Path = procfs.PROC
                 f"a socket's path is absolute and at most {MAX_SOCKET_PATH} bytes long",
                 "choose another, such as in /run",
             )
+        if not _has_folder(process, os.path.dirname(wanted), proc):
+            raise UsageError(
+                f"process {process.pid} sees no folder {printable(os.path.dirname(wanted), 120)} for the socket",
+                "make that folder, or choose another, such as /run",
+            )
         return Place(wanted, False)
     uid = process.uids[1]
     usual = procfs.same_root(process.pid, proc) and process.inner_pid == process.pid and uid == os.geteuid()
     if usual or os.geteuid() != 0:
         return Place(None, False)
     return Place(endpoint.own_socket(process.pid), True)
+
+
+def _has_folder(process: procfs.Process, path: str, proc: Path) -> bool:
+    """Whether there is such a folder in the target's root; what we may not see may be there."""
+    try:
+        root = inside.open_root(process.pid, proc)
+        try:
+            os.close(inside.open_path(root, path, os.O_PATH | os.O_DIRECTORY))
+        finally:
+            os.close(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, NoPermission, NotFound):
+        pass
+    return True
 
 
 def prepare(process: procfs.Process, place: Place, *, shared: bool, proc: Path = procfs.PROC) -> None:

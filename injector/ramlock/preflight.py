@@ -115,7 +115,7 @@ def _look(
     target = _must(check("rights", lambda: _rights(process, stack, proc)))
     maps = target.maps()
     program = _must(check("dynamic", lambda: _dynamic(target, maps, proc)))
-    libc = _must(check("glibc", lambda: _glibc(target, maps)))
+    libc = _must(check("glibc", lambda: _glibc(target, program, maps)))
     report.file = file = _must(check("shim-file", lambda: _file(environ)))
     code = detour.load_code(file.path)
     check("room", lambda: (None, f"at {detour.find_room(target, maps, (libc, program), code):#x}"), needed=False)
@@ -229,13 +229,13 @@ def _rights(process: procfs.Process, stack: ExitStack, proc: Path) -> tuple[memo
 
 def _dynamic(target: memory.Memory, maps: list[memory.Mapping], proc: Path) -> tuple[memory.Object, str]:
     program = memory.Object(target, loaded.executable(target, maps, proc).start)
-    if not program.has_loader:
+    if program.loader is None:
         raise CannotInject(f"the program in process {target.pid} is statically linked", "use a dynamically linked QEMU")
     return program, "dynamically linked"
 
 
-def _glibc(target: memory.Memory, maps: list[memory.Mapping]) -> tuple[memory.Object, str]:
-    if any("ld-musl" in m.path or "libc.musl" in m.path for m in maps):
+def _glibc(target: memory.Memory, program: memory.Object, maps: list[memory.Mapping]) -> tuple[memory.Object, str]:
+    if "ld-musl" in (program.loader or ""):
         raise CannotInject(f"process {target.pid} uses musl, the shim needs glibc", "use a QEMU built for glibc")
     libc = detour.find_libc(target, maps)
     detour.find_code(libc)

@@ -17,7 +17,7 @@ SYSCALL = b"\x0f\x05"
 PPOLL = 271
 _RESTARTNOHAND = -514  # ERESTARTNOHAND: a system call that was interrupted and may be issued again
 _RED_ZONE = 128  # bytes below rsp that a function may use without moving it (System V ABI)
-_BOOTSTRAP, _MEMFD_CALL = "<14Q", "<4Q"  # shim/trampoline.S, the lists of offsets
+_BOOTSTRAP, _MEMFD_CALL = "<13Q", "<4Q"  # shim/trampoline.S, the lists of offsets
 
 
 def instruction_pointer(regs: Registers) -> int:
@@ -76,7 +76,6 @@ def bootstrap(regs: Registers, entries: Entries, path: bytes, config: bytes, xst
         int(regs.rsp),
         PPOLL,
         (1 << 64) - 1,
-        0,
         0,
         0,
     )

@@ -60,9 +60,9 @@ int main(int argc, char **argv)
 """A program that looks like a QEMU without RAM: with an argument it sleeps in ppoll(), without one it never does."""
 
 
-def preflight(pid: int, code: int = 4) -> dict[str, dict[str, Any]]:
+def preflight(pid: int, code: int = 4, *options: str) -> dict[str, dict[str, Any]]:
     """The checks by name."""
-    result = ramlock("preflight", "--pid", pid, "--json")
+    result = ramlock("preflight", "--pid", pid, "--json", *options)
     assert result.returncode == code, (result.stdout, result.stderr)
     reply = json.loads(result.stdout)
     assert reply["ok"] is (code == 0)
@@ -104,10 +104,10 @@ def victim(tmp_path: Path, need: Need) -> Compile:
     """A function that builds the victim under QEMU's name, and returns its path."""
     need("gcc", "gcc")
 
-    def build(*flags: str) -> str:
+    def build(*flags: str, compiler: str = "gcc") -> str:
         (tmp_path / "v.c").write_text(VICTIM)
         path = tmp_path / "qemu-system-x86_64"
-        subprocess.run(["gcc", "-rdynamic", *flags, "-o", str(path), str(tmp_path / "v.c")], check=True)
+        subprocess.run([compiler, "-rdynamic", *flags, "-o", str(path), str(tmp_path / "v.c")], check=True)
         return str(path)
 
     return build
@@ -204,6 +204,14 @@ def test_a_static_program(victim: Compile) -> None:
         check_refused(process.pid, "dynamic", "statically linked")
 
 
+def test_a_program_with_musl(victim: Compile, need: Need) -> None:
+    """It is parked, has ram_list and a loader: all but a glibc."""
+    need("musl-gcc", "musl-tools")
+    with program(victim(compiler="musl-gcc"), "sleep") as process:
+        check_refused(process.pid, "glibc", "uses musl")
+        assert process.poll() is None
+
+
 def test_a_32_bit_program(tmp_path: Path, need: Need) -> None:
     """Without a library of that size: only a system call, in a loop."""
     need("gcc", "gcc")
@@ -219,6 +227,22 @@ def test_a_32_bit_program(tmp_path: Path, need: Need) -> None:
             check_refused(process.pid, "architecture", "32-bit")
     except OSError as error:
         pytest.skip(f"this kernel runs no 32-bit programs: {error}")
+
+
+@pytest.mark.parametrize("where", ["relative.sock", "/" + "x" * 120, "/nowhere/at/all.sock"])
+def test_a_socket_that_cannot_be(where: str) -> None:
+    """preflight is asked the same as inject, and says the same."""
+    with Guest(how="plain") as guest:
+        said = ramlock("preflight", "--pid", guest.pid, "--json", "--socket", where)
+        result = ramlock("inject", "--pid", guest.pid, "--socket", where)
+        assert (said.returncode == 0) is (result.returncode == 0), (said.stdout, result.stderr)
+        if said.returncode == 4:
+            (failed,) = (check for check in json.loads(said.stdout)["checks"] if not check["ok"])
+            assert failed["name"] == "socket"
+            assert failed["detail"] in result.stderr
+        else:
+            assert said.returncode == result.returncode == 2
+        guest.check_unharmed()
 
 
 def test_without_symbols(need: Need) -> None:
@@ -297,6 +321,25 @@ def test_ones_own_without_root(tmp_path: Path) -> None:
         guest.check_unharmed()
 
 
+def test_a_file_that_the_target_may_not_read(tmp_path: Path) -> None:
+    """And without /proc there is no other road."""
+    shim = tmp_path / "ramlock.so"
+    shim.write_bytes(SHIM.read_bytes())
+    shim.chmod(0o600)
+    env = {"RAMLOCK_SHIM": str(shim)}
+    without_proc = ("unshare", "--mount", "sh", "-c", 'umount -l /proc && exec "$@"', "sh")
+    with Guest(how="plain", args=["-runas", "nobody"], prepare=without_proc) as guest:
+        said = ramlock("preflight", "--pid", guest.pid, "--json", env=env)
+        assert said.returncode == 4
+        (failed,) = (check for check in json.loads(said.stdout)["checks"] if not check["ok"])
+        result = ramlock("inject", "--pid", guest.pid, env=env)
+        assert_refused(result, 4)
+        for text in (failed["detail"], result.stderr):
+            assert "may not read" in text
+            assert "/proc is not mounted" in text
+        guest.check_unharmed()
+
+
 def test_a_hostile_root(tmp_path: Path) -> None:
     """Links and pipes where the shim's file should be lead nowhere and hang nobody."""
     place = tmp_path / str(SHIM).lstrip("/")
@@ -344,6 +387,7 @@ def filtered(number: int, *args: str) -> Guest:
 def test_somebody_elses_seccomp_filter(args: tuple[str, ...]) -> None:
     """It would kill QEMU by SIGSYS."""
     with filtered(MLOCK2, *args) as guest:
+        assert not preflight(guest.pid)["seccomp"]["ok"]
         result = ramlock("inject", "--pid", guest.pid, "--guarantee", "4M")
         assert_refused(result, 4)
         assert "--allow-seccomp" in result.stderr
@@ -354,6 +398,7 @@ def test_somebody_elses_seccomp_filter(args: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("args", [(), ("-sandbox", SANDBOX)], ids=["alone", "with-qemus-own"])
 def test_a_seccomp_filter_that_the_user_answers_for(args: tuple[str, ...]) -> None:
     with filtered(ACCT, *args) as guest:
+        assert preflight(guest.pid, 0, "--allow-seccomp")["seccomp"]["ok"]
         result = ramlock("inject", "--pid", guest.pid, "--guarantee", "4M", "--allow-seccomp")
         assert result.returncode == 0, result.stderr
         guest.check_unharmed()

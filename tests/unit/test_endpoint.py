@@ -15,7 +15,7 @@ import pytest
 
 from ramlock import endpoint, procfs
 from ramlock.deadline import Deadline
-from ramlock.errors import NoAnswer, NoPermission, NotFound, NotOurs
+from ramlock.errors import NoAnswer, NoPermission, NotFound, NotOurs, UsageError
 from tests.conftest import absent
 from tests.unit.conftest import Serve, Shim
 from tests.unit.test_procfs import make
@@ -298,3 +298,15 @@ def test_a_vm_that_changed_its_root(tmp_path: Path, option: tuple[str, ...]) -> 
 
 def test_the_errors_have_their_exit_codes() -> None:
     assert [kind("", "").exit_code for kind in (NotFound, NotOurs, NoPermission, NoAnswer)] == [6, 6, 7, 1]
+
+
+def test_who_cannot_enter_is_not_said_to_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ordinary user's usual place is closed to others."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for allowed, socket_path in ((None, None), (0, None), (1000, None), (4711, "/run/x/sock")):
+        endpoint.check_allowed(allowed, socket_path)
+    with pytest.raises(UsageError, match="would let nobody in") as error:
+        endpoint.check_allowed(4711, None)
+    assert "--socket" in error.value.hint
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    endpoint.check_allowed(4711, None)

@@ -121,7 +121,7 @@ def test_a_made_up_object() -> None:
     assert found.machine == 62
     assert found.find("f") == memory.Symbol(Image.BASE + 0x100, 16)
     assert found.find("g") is None
-    assert not found.has_loader
+    assert found.loader is None
     assert found.build_id() == ""
 
 

@@ -51,6 +51,14 @@ def test_no_path_of_a_socket(ours: procfs.Process, wanted: str) -> None:
     assert place.choose(ours, "/" + "x" * 106) == Place("/" + "x" * 106, False)
 
 
+def test_a_folder_that_is_not_there(ours: procfs.Process, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("no", "file"):
+        with pytest.raises(UsageError, match="sees no folder"):
+            place.choose(ours, str(tmp_path / folder / "sock"))
+    assert place.choose(ours, str(tmp_path / "sock")).path == str(tmp_path / "sock")
+
+
 def test_a_folder_is_made_and_removed(nobodys: procfs.Process) -> None:
     chosen = place.choose(nobodys, None)
     folder = Path(f"/run/ramlock/{nobodys.pid}")

@@ -88,7 +88,7 @@ def test_an_interrupted_ppoll() -> None:
 def test_a_bootstrap_stays_below_the_red_zone() -> None:
     regs = registers()
     frame = x86_64.bootstrap(regs, Entries(1, 2, 3), b"/path", b"A=1\n", 2696)
-    words = struct.unpack_from("<14Q", frame.data)
+    words = struct.unpack_from("<13Q", frame.data)
     assert frame.address % 64 == 0
     assert frame.end == 0x10008 - 128
     assert frame.address + len(frame.data) <= words[6]
