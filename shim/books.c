@@ -39,6 +39,19 @@ void books_populated(struct books *b, struct range r)
 	extents_remove(&b->on_fault, r);
 }
 
+void books_doubt(struct books *b, struct range r)
+{
+	struct range part;
+
+	for (; extents_part(&b->held, r, &part); r.start = part.end) {
+		/* One place is kept for books_full(). When there is none, rather too much is doubted. */
+		if (b->on_fault.n < EXTENTS_MAX - 3)
+			extents_add(&b->on_fault, part);
+		else
+			b->on_fault = b->held;
+	}
+}
+
 void books_remove(struct books *b, struct range r)
 {
 	struct range *newest = b->n_history ? &b->history[b->n_history - 1] : NULL;

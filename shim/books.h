@@ -26,6 +26,9 @@ void books_add(struct books *b, struct range r, bool foreign, bool on_fault);
 /* @r, which is held on-fault, has been populated. */
 void books_populated(struct books *b, struct range r);
 
+/* What is held of @r may not be there any more: from now on it counts as not populated. */
+void books_doubt(struct books *b, struct range r);
+
 /* Takes @r out, wherever it is. Only when not books_full(). */
 void books_remove(struct books *b, struct range r);
 

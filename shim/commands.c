@@ -161,6 +161,16 @@ static void add_waiting(struct json_object *o, const struct commands *c)
 			   "run `ramlock set` or `ramlock status` for it");
 }
 
+/* Adds the sum of @losses as @key. */
+static void add_losses(struct json_object *o, const char *key, const struct losses *losses)
+{
+	uint64_t sum = 0;
+
+	for (int i = 0; i < LOSS_COUNT; i++)
+		sum += losses->bytes[i];
+	add_size(o, key, sum);
+}
+
 static void query_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
 {
 	struct locker_status *s = &c->status;
@@ -194,6 +204,8 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	if (s->state == LOCKER_LOCKING || s->state == LOCKER_UNLOCKING)
 		add_size(o, "eta-s", s->eta_s);
 	add_size(o, "extents", s->extents);
+	add_losses(o, "lost", &s->lost);
+	add_losses(o, "repaired", &s->repaired);
 	if (s->memlock_limit != UINT64_MAX)
 		add_size(o, "memlock-limit", s->memlock_limit);
 	if (s->state == LOCKER_SHORT)
@@ -519,6 +531,22 @@ void commands_run(void *opaque, const char *command, struct json_object *argumen
 	qmp_fail(reply, "CommandNotFound", "The command %.64s has not been found", command);
 }
 
+/* One event for each cause. */
+static void emit_losses(void (*emit)(void *opaque, const char *name, struct json_object *data), void *opaque,
+			const char *name, const struct losses *losses)
+{
+	for (int i = 0; i < LOSS_COUNT; i++) {
+		struct json_object *data;
+
+		if (!losses->bytes[i])
+			continue;
+		data = json_object_new_object();
+		add_size(data, "bytes", losses->bytes[i]);
+		add_string(data, "cause", loss_name((enum loss)i));
+		emit(opaque, name, data);
+	}
+}
+
 void commands_events(struct commands *c, void (*emit)(void *opaque, const char *name, struct json_object *data),
 		     void *opaque)
 {
@@ -533,6 +561,10 @@ void commands_events(struct commands *c, void (*emit)(void *opaque, const char *
 	struct locker_status *s = &c->status;
 	unsigned int events = locker_take_events(c->locker, s);
 
+	if (events & LOCKER_LOST)
+		emit_losses(emit, opaque, "RAM_MINGUARANTEE_LOST", &s->news_lost);
+	if (events & LOCKER_REPAIRED)
+		emit_losses(emit, opaque, "RAM_MINGUARANTEE_REPAIRED", &s->news_repaired);
 	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
 		struct json_object *data;
 

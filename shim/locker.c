@@ -7,8 +7,8 @@
  * that takes the process's mmap_lock, and accounts for it under the mutex again. So a new wish takes effect at the next
  * step, whatever the direction, and nobody ever waits for more than one step.
  *
- * The thread sleeps on a condition variable and makes no wakeup while there is nothing to do. Only while the guarantee
- * is short does it look again by itself, on a slow timer.
+ * The thread sleeps on a condition variable and makes no wakeup while there is nothing to do. While something is held it
+ * looks every 5 s whether that is still so (upkeep.c), and while the guarantee is short it tries again on a slow timer.
  *
  * Lock order: `mutex` is the only lock. QEMU's main thread takes it in bottom halves and RAM block notifiers, so it
  * is never held over a system call on guest RAM, nor over file reading.
@@ -58,6 +58,7 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	l->opaque = opaque;
 	l->wish = (struct wish){ .prefault = true, .hold_budget_us = HOLD_BUDGET_US, .threads = 1 };
 	stepper_init(&l->stepper);
+	upkeep_init(&l->upkeep);
 	pthread_mutex_init(&l->mutex, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
@@ -66,7 +67,7 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	pthread_condattr_destroy(&attr);
 }
 
-static void raise_event(struct locker *l, enum locker_event event)
+void locker_raise_event(struct locker *l, enum locker_event event)
 {
 	l->events |= event;
 	l->notify(l->opaque);
@@ -135,7 +136,10 @@ static void choose(struct locker *l, struct step *s)
 		return;
 	}
 	if (held > want && books_newest(&l->books, &l->layout, held - want, PACER_CHUNK, &s->r, &foreign)) {
+		const struct ram_block *b = layout_find(&l->layout, s->r);
+
 		s->kind = foreign ? STEP_FORGET : STEP_UNLOCK;
+		s->mergeable = b && b->mergeable;
 		return;
 	}
 	if (l->wish.prefault && l->books.on_fault.total) {
@@ -220,7 +224,7 @@ static bool make_plan(struct locker *l)
 	pthread_mutex_unlock(&l->mutex);
 
 	vm_locked = headroom_vm_locked(&l->stepper.headroom);
-	l->stepper.owed = locker_count_absent(&on_fault, (struct range){ 0, UINT64_MAX });
+	l->stepper.owed = locker_count_absent(l, &on_fault, (struct range){ 0, UINT64_MAX });
 	l->stepper.others_lock = vm_locked < 0 || (uint64_t)vm_locked > counted;
 
 	plan_clear(&l->plan);
@@ -276,7 +280,7 @@ static void go_short(struct locker *l, enum shortage why, const char *text)
 	l->announced = l->generation;
 	l->ended_ns = now_ns();
 	if (news)
-		raise_event(l, LOCKER_WENT_SHORT);
+		locker_raise_event(l, LOCKER_WENT_SHORT);
 }
 
 /* There is nothing to do: says what that means. */
@@ -295,12 +299,13 @@ static void settle(struct locker *l)
 	}
 	l->state = LOCKER_IDLE;
 	l->shortage = SHORTAGE_NONE;
+	upkeep_settled(l);
 	l->announced = l->generation;
 	l->announced_layout = l->layout_generation;
 	if (!news)
 		return;
 	l->ended_ns = now_ns();
-	raise_event(l, LOCKER_REACHED);
+	locker_raise_event(l, LOCKER_REACHED);
 }
 
 /* Carries out one step with the mutex given up meanwhile. */
@@ -353,12 +358,23 @@ static void carry_out(struct locker *l, const struct step *s)
 	pacer_record(&l->pacer, took);
 	if (began + took - l->progress_ns >= PROGRESS_NS) {
 		l->progress_ns = began + took;
-		raise_event(l, LOCKER_PROGRESS);
+		locker_raise_event(l, LOCKER_PROGRESS);
 	}
 	pthread_mutex_unlock(&l->mutex);
 	gap = timespec_of(pacer_gap(took));
 	nanosleep(&gap, NULL); /* lets a waiting writer of mmap_lock in */
 	pthread_mutex_lock(&l->mutex);
+}
+
+/* There is nothing to do: waits for work, or for the next look at what is held. */
+static void wait_idle(struct locker *l)
+{
+	uint64_t deadline = upkeep_deadline(l);
+
+	if (deadline == UINT64_MAX)
+		pthread_cond_wait(&l->wake, &l->mutex);
+	else
+		locker_wait_until(&l->wake, &l->mutex, deadline);
 }
 
 /* A short guarantee is tried again when the wish or the layout changes, or after a while. */
@@ -367,7 +383,9 @@ static void wait_short(struct locker *l)
 	uint64_t generation = l->generation, layout_generation = l->layout_generation;
 	uint64_t deadline = now_ns() + l->retry_ns;
 
-	while (!l->stop && generation == l->generation && layout_generation == l->layout_generation)
+	if (deadline > upkeep_deadline(l))
+		deadline = upkeep_deadline(l);
+	while (!l->stop && generation == l->generation && layout_generation == l->layout_generation && !upkeep_is_due(l))
 		if (locker_wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
 			break;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
@@ -385,6 +403,10 @@ void *locker_run(void *arg)
 	while (!l->stop) {
 		struct step s;
 
+		if (upkeep_is_due(l)) {
+			upkeep_run(l);
+			continue;
+		}
 		choose(l, &s);
 		switch (s.kind) {
 		case STEP_NONE:
@@ -418,7 +440,7 @@ void *locker_run(void *arg)
 		if (l->state == LOCKER_SHORT && l->shortage != SHORTAGE_NO_RAM)
 			wait_short(l);
 		else if (!l->stop)
-			pthread_cond_wait(&l->wake, &l->mutex);
+			wait_idle(l);
 	}
 	pthread_mutex_unlock(&l->mutex);
 	return NULL;

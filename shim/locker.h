@@ -12,6 +12,7 @@
 #include "pacer.h"
 #include "plan.h"
 #include "step.h"
+#include "upkeep.h"
 
 enum order { ORDER_RESIDENT, ORDER_ADDRESS };
 
@@ -48,6 +49,8 @@ enum locker_event {
 	LOCKER_PROGRESS = 1 << 0,
 	LOCKER_REACHED = 1 << 1,
 	LOCKER_WENT_SHORT = 1 << 2,
+	LOCKER_LOST = 1 << 3,
+	LOCKER_REPAIRED = 1 << 4,
 };
 
 struct locker {
@@ -56,6 +59,8 @@ struct locker {
 	pthread_cond_t step_done; /* a removal waits here for the step in flight */
 	void (*notify)(void *opaque); /* tells that `events` has news; called with the mutex held */
 	void (*look)(void *opaque); /* if given, brings `layout` up to date; called without the mutex, by the thread */
+	/* If given, finds out from QEMU whether guest RAM may be locked, as look() does. Returns false when QEMU is busy. */
+	bool (*refresh)(void *opaque);
 	void *opaque;
 
 	bool stop; /* the thread is to end */
@@ -70,6 +75,7 @@ struct locker {
 	uint64_t n_steps; /* counts steps begun */
 	struct range in_flight; /* the range that a step works on now; empty when none */
 	bool in_flight_gone; /* ... of which some is being unmapped */
+	struct upkeep upkeep;
 
 	enum locker_state state;
 	enum shortage shortage;
@@ -161,6 +167,9 @@ struct locker_status {
 	size_t n_blocks;
 	uint64_t step_max_us, step_p99_us, rate, eta_s, extents;
 	uint64_t memlock_limit; /* UINT64_MAX: unlimited */
+	uint64_t counted; /* what VmLck must show at least */
+	struct losses lost, repaired; /* since the start */
+	struct losses news_lost, news_repaired; /* with the events of the same names: since the last */
 };
 
 /* A consistent picture. Counts resident pages when there are on-fault locks, so it may take a while. */

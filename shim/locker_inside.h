@@ -24,9 +24,9 @@ uint64_t locker_target(const struct locker *l);
 bool locker_next_gone(const struct locker *l, struct range *r);
 
 /* Bytes of @r that are on-fault locked and not resident. */
-uint64_t locker_count_absent(const struct extents *on_fault, struct range r);
+uint64_t locker_count_absent(const struct locker *l, const struct extents *on_fault, struct range r);
 
-/* Drops from the books what the kernel does not have any more; without the mutex. */
-void locker_check_books(struct locker *l);
+/* Has clients told of @event; with the mutex. */
+void locker_raise_event(struct locker *l, enum locker_event event);
 
 #endif

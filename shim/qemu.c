@@ -45,6 +45,8 @@ static struct {
 	Object *(*object_get_objects_root)(void);
 	int (*object_child_foreach)(Object *, int (*)(Object *, void *), void *);
 	Object *(*object_dynamic_cast)(Object *, const char *);
+	_Bool (*object_property_get_bool)(Object *, const char *, void **);
+	void (*error_free)(void *);
 	_Bool (*host_memory_backend_is_mapped)(Object *);
 	MemoryRegion *(*host_memory_backend_get_memory)(Object *);
 	void *(*memory_region_get_ram_ptr)(MemoryRegion *);
@@ -131,6 +133,8 @@ void qemu_init(struct qemu *q)
 	LOOK_UP(object_get_objects_root);
 	LOOK_UP(object_child_foreach);
 	LOOK_UP(object_dynamic_cast);
+	LOOK_UP(object_property_get_bool);
+	LOOK_UP(error_free);
 	LOOK_UP(host_memory_backend_is_mapped);
 	LOOK_UP(host_memory_backend_get_memory);
 	LOOK_UP(memory_region_get_ram_ptr);
@@ -198,9 +202,24 @@ bool qemu_is_postcopy_target(void)
 /* The host addresses of the memory backends that the guest uses as main memory. */
 struct backends {
 	const void *host[RAM_BLOCKS_MAX];
+	bool mergeable[RAM_BLOCKS_MAX];
 	size_t n;
 	bool spare; /* there is one that is not plugged in */
 };
+
+/* Whether QEMU has asked for the pages of a backend to be merged by KSM. */
+static bool asks_for_merging(Object *backend)
+{
+	void *error = NULL;
+	bool merge;
+
+	if (!sym.object_property_get_bool || !sym.error_free)
+		return false;
+	merge = sym.object_property_get_bool(backend, "merge", &error);
+	if (error)
+		sym.error_free(error);
+	return merge && !error;
+}
 
 static int add_backend(Object *child, void *opaque)
 {
@@ -218,6 +237,7 @@ static int add_backend(Object *child, void *opaque)
 	if (!mr ||
 	    (sym.memory_region_get_ram_discard_manager && sym.memory_region_get_ram_discard_manager(mr)))
 		return 0;
+	b->mergeable[b->n] = asks_for_merging(child);
 	b->host[b->n++] = sym.memory_region_get_ram_ptr(mr);
 	return 0;
 }
@@ -275,12 +295,15 @@ static int add_block(RAMBlock *rb, void *opaque)
 	const char *id = sym.qemu_ram_get_idstr(rb);
 	const char *host = sym.qemu_ram_get_host_addr(rb);
 	uint64_t size = sym.qemu_ram_get_used_length(rb);
-	bool guest_ram = named_like_machine_ram(id);
+	bool guest_ram = named_like_machine_ram(id), mergeable = false;
 	const struct ram_block *known;
 	struct ram_block *b;
 
 	for (size_t i = 0; i < w->backends.n; i++)
-		guest_ram |= w->backends.host[i] == host;
+		if (w->backends.host[i] == host) {
+			guest_ram = true;
+			mergeable = w->backends.mergeable[i];
+		}
 	if (!guest_ram || !host || !size)
 		return 0;
 	if (w->layout->n == RAM_BLOCKS_MAX) {
@@ -292,6 +315,7 @@ static int add_block(RAMBlock *rb, void *opaque)
 	b->host = (struct range){ (uint64_t)(uintptr_t)host, (uint64_t)(uintptr_t)host + size };
 	b->page_size = sym.qemu_ram_pagesize(rb);
 	b->shared = sym.qemu_ram_is_shared && sym.qemu_ram_is_shared(rb);
+	b->mergeable = mergeable;
 	known = layout_find(&w->before, b->host);
 	/* Asking a file system may take long when it is a remote one: once for each block is enough. */
 	b->backing = known && known->host.start == b->host.start && !strcmp(known->id, b->id) ?

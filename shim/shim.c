@@ -196,7 +196,7 @@ static void look(void *opaque)
 	}
 	pthread_mutex_lock(&s->looking);
 	atomic_store(&s->scheduled, false);
-	pthread_cond_signal(&s->looked);
+	pthread_cond_broadcast(&s->looked);
 	pthread_mutex_unlock(&s->looking);
 	poke(s);
 }
@@ -264,22 +264,16 @@ static int push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT])
 	return err;
 }
 
-/*
- * Looks at guest RAM before a command that depends on it: QEMU tells of RAM blocks that come and go, but not of a memory
- * backend that is plugged or unplugged as a DIMM. A main loop that is busy is not waited for: what was known must do.
- */
-static void look_now(void *opaque, bool certain)
+/* Has QEMU asked, by way of its main loop. Returns false when that is busy for too long. Any thread of ours. */
+static bool look_and_wait(void *opaque)
 {
 	struct shim *s = opaque;
 	struct timespec deadline;
-	bool busy = false;
+	bool done;
 
-	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + (certain ? 0 : LOOK_AGAIN_MIN_MS))
-		return; /* a flood of queries is no flood of bottom halves, nor of waits */
 	if (!s->qemu.symbols) {
 		look_at_pushed(s);
-		s->looked_ms = now_ms();
-		return;
+		return true;
 	}
 	clock_gettime(CLOCK_MONOTONIC, &deadline);
 	deadline.tv_nsec += LOOK_NOW_MS * 1000000;
@@ -290,12 +284,26 @@ static void look_now(void *opaque, bool certain)
 	schedule_look(s);
 	pthread_mutex_lock(&s->looking);
 	while (atomic_load(&s->scheduled))
-		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline)) {
-			busy = true;
+		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline))
 			break;
-		}
+	done = !atomic_load(&s->scheduled);
 	pthread_mutex_unlock(&s->looking);
-	s->looked_ms = now_ms() + (busy ? BUSY_MS : 0);
+	return done;
+}
+
+/*
+ * Looks at guest RAM before a command that depends on it: QEMU tells of RAM blocks that come and go, but not of a memory
+ * backend that is plugged or unplugged as a DIMM. A main loop that is busy is not waited for: what was known must do.
+ */
+static void look_now(void *opaque, bool certain)
+{
+	struct shim *s = opaque;
+	bool done;
+
+	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + (certain ? 0 : LOOK_AGAIN_MIN_MS))
+		return; /* a flood of queries is no flood of bottom halves, nor of waits */
+	done = look_and_wait(s);
+	s->looked_ms = now_ms() + (done ? 0 : BUSY_MS);
 }
 
 /* Looks at guest RAM now and then while something is locked that may go without a word. Returns as find_ram(). */
@@ -458,6 +466,7 @@ static int start(struct shim *s)
 	atomic_store(&s->may_shrink, false);
 	locker_init(&s->locker, locker_news, s);
 	s->locker.look = before_plan;
+	s->locker.refresh = look_and_wait;
 	pushed_init(&s->pushed);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;

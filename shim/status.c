@@ -3,26 +3,18 @@
 #include "locker_inside.h"
 
 #include <string.h>
-#include <sys/mman.h>
 
-/* Bytes of @r that are on-fault locked and not resident. */
-uint64_t locker_count_absent(const struct extents *on_fault, struct range r)
+enum { ABSENT_PIECE = 32 << 20 }; /* bytes that are looked at in one system call */
+
+uint64_t locker_count_absent(const struct locker *l, const struct extents *on_fault, struct range r)
 {
-	unsigned char vec[4096];
 	uint64_t absent = 0;
 	struct range part;
 
-	for (; extents_part(on_fault, r, &part); r.start = part.end) {
-		for (uint64_t at = part.start; at < part.end; at += sizeof(vec) * 4096) {
-			uint64_t rest = part.end - at;
-			uint64_t pages = rest / 4096 < sizeof(vec) ? rest / 4096 : sizeof(vec);
-
-			if (mincore((void *)(uintptr_t)at, pages * 4096, vec))
-				memset(vec, 0, sizeof(vec));
-			for (uint64_t i = 0; i < pages; i++)
-				absent += (vec[i] & 1) ? 0 : 4096;
-		}
-	}
+	for (; extents_part(on_fault, r, &part); r.start = part.end)
+		for (uint64_t at = part.start; at < part.end; at += ABSENT_PIECE)
+			absent += audit_absent(l->stepper.pagemap,
+					       (struct range){ at, part.end - at < ABSENT_PIECE ? part.end : at + ABSENT_PIECE });
 	return absent;
 }
 
@@ -54,6 +46,9 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 	s->eta_s = s->rate ? (left + s->rate - 1) / s->rate : 0;
 	/* A step in flight may have been counted by the kernel already. */
 	s->foreign = books_in_vm_locked(&l->books, &l->layout) + range_size(l->in_flight);
+	s->counted = range_size(l->in_flight) ? 0 : upkeep_expected(l);
+	s->lost = l->upkeep.lost;
+	s->repaired = l->upkeep.repaired;
 	*on_fault = l->books.on_fault;
 }
 
@@ -61,12 +56,21 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 static void ask_kernel(const struct locker *l, struct locker_status *s, const struct extents *on_fault)
 {
 	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	uint64_t missing;
 
 	s->foreign = vm_locked > (int64_t)s->foreign ? (uint64_t)vm_locked - s->foreign : 0;
 	s->memlock_limit = headroom_memlock_limit(&l->stepper.headroom);
 	s->locked = 0;
+	missing = vm_locked < 0 || (uint64_t)vm_locked >= s->counted ? 0 : s->counted - (uint64_t)vm_locked;
 	for (size_t i = 0; i < s->n_blocks; i++) {
-		s->blocks[i].locked -= locker_count_absent(on_fault, s->blocks[i].block.host);
+		s->blocks[i].locked -= locker_count_absent(l, on_fault, s->blocks[i].block.host);
+		/* Lost just now, and not looked into yet; of which block does not matter. */
+		if (s->blocks[i].block.backing != BACKING_HUGETLB) {
+			uint64_t here = missing < s->blocks[i].locked ? missing : s->blocks[i].locked;
+
+			s->blocks[i].locked -= here;
+			missing -= here;
+		}
 		s->locked += s->blocks[i].locked;
 	}
 }
@@ -75,7 +79,7 @@ void locker_query(struct locker *l, struct locker_status *s)
 {
 	struct extents on_fault;
 
-	locker_check_books(l);
+	upkeep_check(l);
 	pthread_mutex_lock(&l->mutex);
 	copy_status(l, s, &on_fault);
 	pthread_mutex_unlock(&l->mutex);
@@ -90,6 +94,14 @@ unsigned int locker_take_events(struct locker *l, struct locker_status *s)
 	pthread_mutex_lock(&l->mutex);
 	events = l->events;
 	l->events = 0;
+	for (int i = 0; i < LOSS_COUNT; i++) {
+		s->news_lost.bytes[i] = l->upkeep.lost.bytes[i] - l->upkeep.told_lost.bytes[i];
+		s->news_repaired.bytes[i] = l->upkeep.repaired.bytes[i] - l->upkeep.told_repaired.bytes[i];
+	}
+	if (events & LOCKER_LOST)
+		l->upkeep.told_lost = l->upkeep.lost;
+	if (events & LOCKER_REPAIRED)
+		l->upkeep.told_repaired = l->upkeep.repaired;
 	if (events)
 		copy_status(l, s, &on_fault);
 	pthread_mutex_unlock(&l->mutex);

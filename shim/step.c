@@ -200,6 +200,9 @@ static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 	after = others ? headroom_vm_locked(&st->headroom) : 0;
 	ours = !others || after - before == (int64_t)size;
 	err = s->prefault ? -populate(st, s->r) : 0;
+	/* Populating has copied what was merged. */
+	if (!err && !s->shared)
+		err = -merging_lock(&st->merging, s->r);
 	if (err) {
 		if (ours)
 			sys_munlock(s->r);
@@ -213,6 +216,8 @@ static void do_populate(struct stepper *st, const struct step *s, struct outcome
 {
 	int err = -populate(st, s->r);
 
+	if (!err && !s->shared)
+		err = -merging_keep_out(&st->merging, s->r);
 	if (err)
 		explain_errno(st, err, s, "populating guest RAM", o);
 }
@@ -221,6 +226,7 @@ static void do_unlock(struct stepper *st, const struct step *s, struct outcome *
 {
 	int err = sys_munlock(s->r);
 
+	merging_let_in(&st->merging, s->r, s->mergeable);
 	if (err)
 		explain_errno(st, err, s, "unlocking guest RAM", o);
 }
@@ -238,17 +244,20 @@ void stepper_init(struct stepper *st)
 {
 	*st = (struct stepper){ .pagemap = -1 };
 	headroom_init(&st->headroom);
+	merging_init(&st->merging);
 }
 
 void stepper_open(struct stepper *st, const char *root)
 {
 	headroom_open(&st->headroom, root);
+	merging_open(&st->merging, root);
 	st->pagemap = fd_above_stdio(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
 }
 
 void stepper_deinit(struct stepper *st)
 {
 	headroom_deinit(&st->headroom);
+	merging_deinit(&st->merging);
 	fd_close(st->pagemap);
 	stepper_init(st);
 }

@@ -8,6 +8,7 @@
 
 #include "extents.h"
 #include "headroom.h"
+#include "merging.h"
 
 enum { SHORT_TEXT = 256 };
 
@@ -30,6 +31,7 @@ struct step {
 	bool hugetlb;
 	bool shared; /* a shared mapping: its page cache is the memory itself */
 	bool prefault;
+	bool mergeable; /* QEMU has asked for merging by KSM */
 };
 
 /* What a step came to. */
@@ -42,6 +44,7 @@ struct outcome {
 struct stepper {
 	struct headroom headroom;
 	int pagemap; /* /proc/self/pagemap */
+	struct merging merging;
 	uint64_t owed; /* bytes that are armed and absent: the guest will allocate them */
 	uint64_t credit; /* bytes that headroom_memory() granted */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */

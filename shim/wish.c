@@ -96,42 +96,13 @@ void locker_suspend(struct locker *l, const char *why)
 	pthread_mutex_unlock(&l->mutex);
 }
 
-/*
- * Drops from the books what the kernel does not have: a munlockall() of QEMU's own, as at the beginning of an incoming
- * postcopy, takes every lock at once. Reads VmLck between two looks that no step may come between.
- */
-void locker_check_books(struct locker *l)
-{
-	uint64_t n_steps;
-	int64_t vm_locked;
-	bool busy;
-
-	pthread_mutex_lock(&l->mutex);
-	n_steps = l->n_steps;
-	busy = range_size(l->in_flight) || l->books.gone.total;
-	pthread_mutex_unlock(&l->mutex);
-	if (busy)
-		return; /* or `gone`, which may have been unmapped already */
-	vm_locked = headroom_vm_locked(&l->stepper.headroom);
-	pthread_mutex_lock(&l->mutex);
-	if (n_steps == l->n_steps && vm_locked >= 0 &&
-	    vm_locked < (int64_t)books_in_vm_locked(&l->books, &l->layout)) {
-		for (size_t i = 0; i < l->layout.n; i++)
-			if (l->layout.v[i].backing != BACKING_HUGETLB)
-				books_remove(&l->books, l->layout.v[i].host);
-		l->layout_generation++;
-		expect_work(l);
-	}
-	pthread_mutex_unlock(&l->mutex);
-}
-
 int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 {
 	uint64_t limit = headroom_memlock_limit(&l->stepper.headroom);
 	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
 	int err;
 
-	locker_check_books(l);
+	upkeep_check(l);
 	pthread_mutex_lock(&l->mutex);
 	err = check_wish(l, wish, limit, vm_locked, text);
 	if (!err)

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What the kernel says about locked memory. */
+#include "audit.h"
+
+#include <assert.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, REGIONS = 128, ENTRIES = 512 };
+
+static const char *const loss_names[] = {
+	[LOSS_UNLOCKED] = "unlocked",
+	[LOSS_DISCARDED] = "discarded",
+	[LOSS_MERGED] = "merged",
+};
+static_assert(sizeof(loss_names) / sizeof(loss_names[0]) == LOSS_COUNT, "a name for each cause");
+
+const char *loss_name(enum loss loss)
+{
+	return loss_names[loss];
+}
+
+/* The ioctl PAGEMAP_SCAN (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst), for which there may be no header yet. */
+struct scan_region {
+	uint64_t start, end, categories;
+};
+
+struct scan {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t inverted, mask, anyof_mask, return_mask;
+};
+
+static const unsigned long SCAN = _IOWR('f', 16, struct scan);
+static const uint64_t SCAN_PRESENT = 1 << 3;
+
+/* Adds to *@absent what is absent in @r. Returns false when this kernel cannot tell in this way. */
+static bool scan_absent(int pagemap, struct range r, uint64_t *absent)
+{
+	struct scan_region found[REGIONS];
+
+	while (r.start < r.end) {
+		struct scan scan = {
+			.size = sizeof(scan),
+			.start = r.start,
+			.end = r.end,
+			.vec = (uintptr_t)found,
+			.vec_len = REGIONS,
+			.inverted = SCAN_PRESENT,
+			.mask = SCAN_PRESENT,
+			.return_mask = SCAN_PRESENT,
+		};
+		int n = ioctl(pagemap, SCAN, &scan);
+
+		if (n < 0 || scan.walk_end <= r.start)
+			return false;
+		for (int i = 0; i < n; i++)
+			*absent += found[i].end - found[i].start;
+		r.start = scan.walk_end;
+	}
+	return true;
+}
+
+/* Reads the pagemap entries of the pages from @at on. Returns how many, 0 when they cannot be read. */
+static size_t read_entries(int pagemap, struct range r, uint64_t entries[ENTRIES])
+{
+	size_t pages = (size_t)(range_size(r) / PAGE);
+	size_t want = (pages < ENTRIES ? pages : ENTRIES) * sizeof(entries[0]);
+
+	return pread(pagemap, entries, want, (off_t)(r.start / PAGE * sizeof(entries[0]))) == (ssize_t)want ?
+		       want / sizeof(entries[0]) :
+		       0;
+}
+
+static uint64_t count_entries(int pagemap, struct range r, uint64_t mask, uint64_t value, bool *failed)
+{
+	uint64_t entries[ENTRIES], sum = 0;
+
+	while (r.start < r.end) {
+		size_t n = read_entries(pagemap, r, entries);
+
+		if (!n) {
+			*failed = true;
+			break;
+		}
+		for (size_t i = 0; i < n; i++)
+			sum += (entries[i] & mask) == value ? PAGE : 0;
+		r.start += n * PAGE;
+	}
+	return sum;
+}
+
+static const uint64_t PRESENT = 1ULL << 63, FILE_OR_SHARED = 1ULL << 61, EXCLUSIVE = 1ULL << 56;
+
+static uint64_t mincore_absent(struct range r)
+{
+	unsigned char vec[ENTRIES];
+	uint64_t absent = 0;
+
+	while (r.start < r.end) {
+		uint64_t pages = range_size(r) / PAGE < ENTRIES ? range_size(r) / PAGE : ENTRIES;
+
+		if (mincore((void *)(uintptr_t)r.start, pages * PAGE, vec))
+			memset(vec, 0, sizeof(vec));
+		for (uint64_t i = 0; i < pages; i++)
+			absent += (vec[i] & 1) ? 0 : PAGE;
+		r.start += pages * PAGE;
+	}
+	return absent;
+}
+
+uint64_t audit_absent(int pagemap, struct range r)
+{
+	uint64_t absent = 0;
+	bool failed = false;
+
+	if (pagemap < 0)
+		return mincore_absent(r);
+	if (scan_absent(pagemap, r, &absent))
+		return absent;
+	absent = count_entries(pagemap, r, PRESENT, 0, &failed);
+	return failed ? mincore_absent(r) : absent;
+}
+
+uint64_t audit_merged(int pagemap, struct range r)
+{
+	bool failed = false;
+
+	return pagemap < 0 ? 0 : count_entries(pagemap, r, PRESENT | FILE_OR_SHARED | EXCLUSIVE, PRESENT, &failed);
+}
