@@ -101,12 +101,23 @@ void books_keep_layout(struct books *b, const struct ram_layout *was, const stru
 	let_go(b, was, (struct range){ at, UINT64_MAX });
 }
 
+/*
+ * Whether @other surely finds room beside @b. Each range that is added is one more at most, and so is each one that is
+ * taken out of another, or cut where others begin. Where nothing is, all finds room.
+ */
+static bool has_room(const struct books *b, const struct books *other)
+{
+	const size_t most = EXTENTS_MAX - 2, cut = b->foreign.n ? other->held.n : 0;
+
+	return b->held.n + other->held.n <= most && b->foreign.n + cut + other->foreign.n <= most &&
+	       b->on_fault.n + b->held.n + other->on_fault.n <= most;
+}
+
 int books_merge(struct books *b, const struct books *other)
 {
 	struct range gap, rest;
 
-	if (b->held.n + other->held.n + b->foreign.n + other->foreign.n + b->on_fault.n + other->on_fault.n + 2 >=
-	    EXTENTS_MAX)
+	if (!has_room(b, other))
 		return -ENOSPC;
 	for (size_t i = 0; i < other->held.n; i++) {
 		rest = other->held.v[i];

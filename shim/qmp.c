@@ -331,7 +331,7 @@ int qmp_feed(struct qmp *q, const char *data, size_t size)
 		}
 		part = size < QMP_REQUEST_MAX - q->request_size ? size : QMP_REQUEST_MAX - q->request_size;
 		if (!part) {
-			err = syntax_error(q, "a request is longer than 64 KiB");
+			err = syntax_error(q, "a request is longer than 128 KiB");
 			continue;
 		}
 		part = before_bad_control(data, part, &quote);

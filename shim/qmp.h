@@ -10,7 +10,8 @@ struct json_object;
 struct json_tokener;
 
 enum {
-	QMP_REQUEST_MAX = 64 << 10, /* bytes of one request */
+	/* Bytes of one request. The longest is ramlock-adopt: three lists of EXTENTS_MAX ranges, each of up to 40 bytes. */
+	QMP_REQUEST_MAX = 128 << 10,
 	QMP_DEPTH_MAX = 32, /* levels of nesting */
 	QMP_OUTPUT_MAX = 1 << 20, /* bytes that may wait for a slow reader */
 };

@@ -57,5 +57,6 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers this suite's own mark."""
+    """Registers this suite's own mark, and takes SIGINT, which a shell has what it runs in the background ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "deadline(seconds): fail the test after that many seconds")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ramlock import __version__, guestram, install, kept, loaded, memory, procfs
+from ramlock import __version__, eject, guestram, install, kept, loaded, memory, procfs
 from ramlock.errors import CannotInject, CommandError, ControlError, GuestRamMismatch, NotFound, Refused
 from ramlock.teststeps import STEPS
 from tests.conftest import Need
@@ -353,6 +353,33 @@ def test_upgrade_keeps_what_is_locked(other: Path) -> None:
         guest.check_unharmed()
         assert ramlock("set", "0", "--pid", guest.pid).returncode == 0
         assert truth.vm_lck(guest.pid) == 0
+
+
+def test_upgrade_with_as_much_as_the_books_hold(other: Path) -> None:
+    """Of an old shim's locked memory every other page is another one's now: over a thousand ranges to hand over."""
+    page = 4096
+    with Guest(how="plain", memory=32 * MIB) as guest:
+        inject(guest, "--guarantee", "all", env={"RAMLOCK_SHIM": str(other)})
+        with guest.shim() as shim:
+            handed = shim.execute("ramlock-eject", {"keep": True})
+        ((start, size),) = handed["books"]["held"]
+        assert size == guest.memory
+        ranges = [[start + 2 * n * page, page] for n in range(1022)]
+        handed["books"]["held"] = handed["books"]["on-fault"] = ranges
+        handed["wish"].update(size=len(ranges) * page, all=False, prefault=False)
+        eject.wait_gone(guest.pid, 20)
+        inject(guest, env={"RAMLOCK_SHIM": str(other)})
+        with guest.shim() as shim:
+            shim.execute("ramlock-adopt", handed)
+        assert guest.query()["armed"] == len(ranges) * page
+        reply = inject(guest, "--upgrade")
+        assert reply["replaced"] == __version__
+        assert "unadopted" not in reply
+        assert guest.query()["armed"] == len(ranges) * page
+        assert truth.vm_lck(guest.pid) == guest.memory
+        guest.check_unharmed()
+        assert ramlock("set", "0", "--pid", guest.pid).returncode == 0
+        assert truth.vm_lck(guest.pid) == guest.memory - len(ranges) * page
 
 
 def test_upgrade_of_a_file_replaced_at_its_path(other: Path) -> None:

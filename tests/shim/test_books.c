@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The books: what is held, whose it is, and what is released first. */
 #include "books.h"
+
+#include <errno.h>
 #include "check.h"
 
 enum { PAGE = 4096, PAGES = 2000, CHUNK = 16 * PAGE };
@@ -147,6 +149,30 @@ static void what_another_shim_held_is_taken_over(void)
 	check_history();
 }
 
+/* As many ranges as books can hold are taken over by empty ones; where they would not fit, nothing changes. */
+static void many_ranges_are_taken_over(void)
+{
+	static struct books other;
+
+	begin();
+	memset(&other, 0, sizeof(other));
+	for (uint64_t i = 0; i < EXTENTS_MAX - 2; i++) {
+		CHECK_EQ(extents_add(&other.held, pages(2 * i, 1)), 0);
+		CHECK_EQ(extents_add(&other.on_fault, pages(2 * i, 1)), 0);
+	}
+	CHECK_EQ(books_merge(&books, &other), 0);
+	CHECK_EQ(books.held.total, (EXTENTS_MAX - 2) * PAGE);
+	CHECK_EQ(books.on_fault.total, (EXTENTS_MAX - 2) * PAGE);
+	check_history();
+
+	begin();
+	for (uint64_t i = 0; i < 3; i++)
+		books_add(&books, pages(100000 + 2 * i, 1), false, false);
+	CHECK_EQ(books_merge(&books, &other), -ENOSPC);
+	CHECK_EQ(books.held.total, 3 * PAGE);
+	check_history();
+}
+
 static void random_work(void)
 {
 	struct range r;
@@ -173,4 +199,5 @@ static void random_work(void)
 }
 
 CHECK_MAIN(CASE(the_newest_goes_first), CASE(ours_and_foreign_are_told_apart), CASE(a_step_stays_within_a_block),
-	   CASE(an_unplugged_block_leaves_the_books), CASE(what_another_shim_held_is_taken_over), CASE(random_work))
+	   CASE(an_unplugged_block_leaves_the_books), CASE(what_another_shim_held_is_taken_over),
+	   CASE(many_ranges_are_taken_over), CASE(random_work))

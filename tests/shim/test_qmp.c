@@ -134,7 +134,7 @@ static void limits(void)
 	text[sizeof(text) - 2] = '\n';
 	text[sizeof(text) - 1] = '\0';
 	out = talk(text);
-	CHECK_CONTAINS(out, "longer than 64 KiB");
+	CHECK_CONTAINS(out, "longer than 128 KiB");
 	CHECK_CONTAINS(talk("{\"execute\":\"echo\"}"), "\"return\"");
 	memset(text, '[', 100);
 	strcpy(text + 100, "\n");
