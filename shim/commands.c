@@ -342,10 +342,16 @@ static void add_extents(struct json_object *o, const char *key, const struct ext
 /* Gives what ramlock-adopt takes, and leaves with everything still locked. */
 static void give(struct commands *c, struct qmp_reply *r)
 {
-	struct json_object *books = json_object_new_object(), *wish_object = json_object_new_object();
+	struct json_object *books, *wish_object;
 	struct wish wish;
 
-	c->halt(c->opaque);
+	if (c->halt(c->opaque)) {
+		c->eject = false;
+		qmp_fail(r, NULL, "[busy] the lock thread is in a step that takes long: try again");
+		return;
+	}
+	books = json_object_new_object();
+	wish_object = json_object_new_object();
 	locker_give(c->locker, &c->books, &wish);
 	add_extents(books, "held", &c->books.held);
 	add_extents(books, "foreign", &c->books.foreign);

@@ -18,7 +18,7 @@ struct commands {
 	bool symbols; /* this QEMU exports what is needed to find guest RAM */
 	bool injected; /* rather than preloaded */
 	const uint64_t *started_ns; /* CLOCK_MONOTONIC at the end of the injection */
-	void (*halt)(void *opaque); /* ends the lock thread */
+	int (*halt)(void *opaque); /* ends the lock thread; -EBUSY when it cannot for now */
 	uint64_t base; /* where this object is loaded */
 	bool eject; /* the shim is to leave when all is released */
 	bool keep; /* ... or at once, with all left as it is */

@@ -24,6 +24,7 @@
 #include <time.h>
 
 static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
+static const uint64_t STOP_WAIT_NS = NS_PER_S; /* the longest that the control thread waits for a step */
 static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
 static const char *const state_names[] = {
 	[LOCKER_WAITING] = "waiting",	  [LOCKER_IDLE] = "idle",   [LOCKER_LOCKING] = "locking",
@@ -442,14 +443,26 @@ void *locker_run(void *arg)
 		else if (!l->stop)
 			wait_idle(l);
 	}
+	l->ended = true;
+	pthread_cond_broadcast(&l->step_done);
 	pthread_mutex_unlock(&l->mutex);
 	return NULL;
 }
 
-void locker_stop(struct locker *l)
+int locker_stop(struct locker *l)
 {
+	uint64_t deadline = now_ns() + STOP_WAIT_NS;
+	int err = 0;
+
 	pthread_mutex_lock(&l->mutex);
 	l->stop = true;
 	pthread_cond_signal(&l->wake);
+	while (!l->ended && !err)
+		err = locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
+	if (l->ended)
+		err = 0;
+	else
+		l->stop = false;
 	pthread_mutex_unlock(&l->mutex);
+	return err;
 }

@@ -64,6 +64,7 @@ struct locker {
 	void *opaque;
 
 	bool stop; /* the thread is to end */
+	bool ended; /* it has */
 	struct wish wish;
 	uint64_t generation; /* counts wishes */
 	bool known; /* layout is valid */
@@ -132,8 +133,11 @@ bool locker_remove(struct locker *l, struct range gone);
 /* Whether nothing is held and nothing is wished for. */
 bool locker_is_released(struct locker *l);
 
-/* Ends the thread after the step in flight; what is held stays locked. */
-void locker_stop(struct locker *l);
+/*
+ * Ends the thread after the step in flight; what is held stays locked. Returns 0, or -EBUSY when that takes more than 1 s,
+ * as when populating waits for a remote file system: then the thread goes on as before.
+ */
+int locker_stop(struct locker *l);
 
 /* What is held and wished for. Only after the thread has ended. */
 void locker_give(struct locker *l, struct books *books, struct wish *wish);

@@ -376,22 +376,31 @@ static int start_thread(void *(*run)(void *), void *arg, pthread_t *thread)
 	return -err;
 }
 
-/* Ends the lock thread, after its step in flight. */
-static void halt(void *opaque)
+/* Ends the lock thread, after its step in flight. Returns 0, or -EBUSY when that step takes long: then it goes on. */
+static int halt(void *opaque)
 {
 	struct shim *s = opaque;
+	int err;
 
 	if (s->halted)
-		return;
+		return 0;
+	err = locker_stop(&s->locker);
+	if (err)
+		return err;
 	s->halted = true;
-	locker_stop(&s->locker);
 	pthread_join(s->lock_thread, NULL);
+	return 0;
 }
 
-/* Takes back all that was started; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
+/* Whether nothing is left to be done before we go. A lock thread that hangs keeps us here, and serving. */
+static bool may_leave(struct shim *s)
+{
+	return s->commands.eject && (s->commands.keep || (locker_is_released(&s->locker) && !halt(s)));
+}
+
+/* Takes back all that was started, once the lock thread is no more; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
 static void eject(struct shim *s)
 {
-	halt(s);
 	pthread_mutex_lock(&s->binding);
 	control_unlink(&s->control);
 	pthread_mutex_unlock(&s->binding);
@@ -432,9 +441,13 @@ static void *control_run(void *arg)
 		return NULL;
 	}
 	do {
-		control_wait(&s->control, find_ram(s));
+		int pause = find_ram(s);
+
+		if (s->commands.eject && (pause < 0 || pause > LOOK_AGAIN_MAX_MS))
+			pause = LOOK_AGAIN_MAX_MS;
+		control_wait(&s->control, pause);
 		commands_events(&s->commands, control_event, &s->control);
-	} while (!s->commands.eject || !(s->commands.keep || locker_is_released(&s->locker)));
+	} while (!may_leave(s));
 	/* What was handed over is in the reply alone: let it go out. */
 	for (int64_t until = now_ms() + DRAIN_MS; !control_drained(&s->control) && now_ms() < until;)
 		control_wait(&s->control, LOOK_AGAIN_MIN_MS);

@@ -195,7 +195,7 @@ bool locker_is_released(struct locker *l)
 	bool released;
 
 	pthread_mutex_lock(&l->mutex);
-	released = !l->books.held.total && !l->books.gone.total && !l->wish.all && !l->wish.lock_ram_size;
+	released = !range_size(l->in_flight) && !l->books.held.total && !l->books.gone.total && !l->wish.all && !l->wish.lock_ram_size;
 	pthread_mutex_unlock(&l->mutex);
 	return released;
 }

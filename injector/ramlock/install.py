@@ -262,7 +262,12 @@ def _upgrade(
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
             handed = vm.client.execute("ramlock-eject", {"keep": True}, deadline=Deadline(vms.ANSWER_TIME))
-        except CommandError:
+        except CommandError as error:
+            if error.reason == "busy":
+                raise Refused(
+                    f"the lock thread of ramlock {old} in process {pid} waits for memory",
+                    "nothing was changed; try again when the guest's memory can be populated",
+                ) from None
             raise Refused(f"ramlock {old} in process {pid} cannot be replaced while it holds memory", _OUT) from None
         else:
             if not isinstance(handed, dict):
