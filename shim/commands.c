@@ -14,7 +14,7 @@ struct argument {
 	json_type type;
 };
 
-enum { ARGUMENTS_MAX = 6 };
+enum { ARGUMENTS_MAX = 7, LEASE_MAX_S = 60 };
 
 struct command {
 	const char *name;
@@ -79,6 +79,19 @@ static bool read_number(struct json_object *o, const char *key, int64_t min, int
 	return true;
 }
 
+/* Reads a number of bytes, if @name is there. Returns false when it is none. */
+static bool read_size(struct json_object *o, const char *name, uint64_t *out)
+{
+	struct json_object *value = NULL;
+
+	if (!json_object_object_get_ex(o, name, &value))
+		return true;
+	if (!json_object_is_type(value, json_type_int) || json_object_get_int64(value) < 0)
+		return false;
+	*out = json_object_get_uint64(value);
+	return true;
+}
+
 static void set_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
 {
 	struct json_object *size = NULL, *all = NULL, *order = NULL, *prefault = NULL;
@@ -128,6 +141,11 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 		return;
 	}
 
+	if (!read_size(arguments, "host-reserve", &wish.host_reserve)) {
+		qmp_fail(r, NULL, "Parameter 'host-reserve' expects a non-negative number of bytes");
+		return;
+	}
+
 	err = locker_set(c->locker, &wish, text);
 	if (err) {
 		const char *word = err == -ERANGE ? "range" : err == -EPERM ? "rlimit" : err == -ENODEV ? "no-ram" : "waiting";
@@ -136,6 +154,26 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 		return;
 	}
 	c->launch_error[0] = '\0';
+	r->value = json_object_new_object();
+}
+
+/* A controller on the host tells what it sees of the cgroups that the process is in. */
+static void set_headroom_limits(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	struct json_object *left = NULL;
+	uint64_t bytes = 0;
+	uint32_t seconds = 0;
+
+	json_object_object_get_ex(arguments, "cgroup-left", &left);
+	if (!left || !read_size(arguments, "cgroup-left", &bytes)) {
+		qmp_fail(r, NULL, "Parameter 'cgroup-left' expects a non-negative number of bytes");
+		return;
+	}
+	if (!read_number(arguments, "valid-s", 1, LEASE_MAX_S, &seconds) || !seconds) {
+		qmp_fail(r, NULL, "Parameter 'valid-s' expects a number of seconds from 1 to %d", LEASE_MAX_S);
+		return;
+	}
+	locker_lease(c->locker, bytes, seconds);
 	r->value = json_object_new_object();
 }
 
@@ -190,6 +228,7 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	add_bool(o, "prefault", s->wish.prefault);
 	add_size(o, "hold-budget", s->wish.hold_budget_us);
 	add_size(o, "threads", s->wish.threads);
+	add_size(o, "host-reserve", s->host_reserve);
 	add_size(o, "generation", s->generation);
 	for (size_t i = 0; i < s->n_blocks; i++) {
 		struct json_object *block = block_object(&s->blocks[i].block);
@@ -362,6 +401,7 @@ static void give(struct commands *c, struct qmp_reply *r)
 	add_bool(wish_object, "prefault", wish.prefault);
 	add_size(wish_object, "hold-budget", wish.hold_budget_us);
 	add_size(wish_object, "threads", wish.threads);
+	add_size(wish_object, "host-reserve", wish.host_reserve);
 	r->value = json_object_new_object();
 	add(r->value, "books", books);
 	add(r->value, "wish", wish_object);
@@ -429,10 +469,12 @@ static bool read_wish(struct json_object *o, struct wish *wish)
 	wish->lock_ram_size = json_object_get_uint64(size);
 	wish->all = json_object_get_boolean(all);
 	wish->prefault = json_object_get_boolean(prefault);
-	wish->hold_budget_us = wish->threads = 0; /* the usual, from a shim that does not know these */
+	wish->hold_budget_us = wish->threads = 0;
+	wish->host_reserve = 0; /* the usual, from a shim that does not know these */
 	return read_order(json_object_get_string(order), &wish->order) &&
 	       read_number(o, "hold-budget", HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &wish->hold_budget_us) &&
-	       read_number(o, "threads", 1, THREADS_MAX, &wish->threads);
+	       read_number(o, "threads", 1, THREADS_MAX, &wish->threads) &&
+	       read_size(o, "host-reserve", &wish->host_reserve);
 }
 
 /* Takes over what "ramlock-eject keep" of another shim in this process returned. */
@@ -475,7 +517,11 @@ static const struct command table[] = {
 	    { "order", json_type_string },
 	    { "prefault", json_type_boolean },
 	    { "hold-budget", json_type_int },
-	    { "threads", json_type_int } } },
+	    { "threads", json_type_int },
+	    { "host-reserve", json_type_int } } },
+	{ "set-headroom-limits",
+	  set_headroom_limits,
+	  { { "cgroup-left", json_type_int }, { "valid-s", json_type_int } } },
 	{ "query-ram-minguarantee", query_ram_minguarantee, { { 0 } } },
 	{ "query-ram-blocks", query_ram_blocks, { { 0 } } },
 	{ "set-ram-blocks", set_ram_blocks, { { "blocks", json_type_array } } },

@@ -161,6 +161,17 @@ static void config_read(struct config *c, config_get_fn *get, void *opaque, void
 	if (text && *text && !parse_number(text, 1, THREADS_MAX, &c->threads))
 		warn("RAMLOCK_THREADS: '%s' is not a number from 1 to %d; using 1", text, THREADS_MAX);
 
+	text = get(opaque, "RAMLOCK_HOST_RESERVE");
+	if (text && *text && strcasecmp(text, "default")) {
+		struct guarantee reserve;
+
+		why = "is not a number of bytes above 0";
+		if (!guarantee_parse(text, &reserve, &why) && reserve.kind == GUARANTEE_BYTES && reserve.value)
+			c->host_reserve = reserve.value;
+		else
+			warn("RAMLOCK_HOST_RESERVE: '%s' %s; using the default", text, why);
+	}
+
 	text = get(opaque, "RAMLOCK_SOCKET");
 	if (text && strlen(text) >= sizeof(c->socket))
 		warn("RAMLOCK_SOCKET: the path is longer than %zu bytes; using the usual place", sizeof(c->socket) - 1);

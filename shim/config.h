@@ -21,6 +21,7 @@ struct config {
 	bool prefault;
 	uint32_t hold_budget_us; /* 0: the usual */
 	uint32_t threads;
+	uint64_t host_reserve; /* bytes; 0: the usual */
 	char socket[sizeof(((struct sockaddr_un *)0)->sun_path)]; /* empty: the usual place */
 	uid_t owner; /* may always connect */
 	bool has_allow_uid;

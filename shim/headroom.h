@@ -1,10 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the locked-memory limit, the memory cgroup and the host still allow. */
+/* What the locked-memory limit, the memory cgroups, the host and its NUMA nodes still allow. */
 #ifndef RAMLOCK_HEADROOM_H
 #define RAMLOCK_HEADROOM_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
+
+#include "cgroup.h"
+#include "numa.h"
 
 /* Why a guarantee is short; as in the protocol's "reason". */
 enum shortage {
@@ -12,6 +17,7 @@ enum shortage {
 	SHORTAGE_RLIMIT,
 	SHORTAGE_CGROUP,
 	SHORTAGE_HOST_MEMORY,
+	SHORTAGE_NUMA_NODE,
 	SHORTAGE_MAP_COUNT,
 	SHORTAGE_NO_RAM,
 	SHORTAGE_MIGRATION,
@@ -21,32 +27,25 @@ enum shortage {
 
 const char *shortage_name(enum shortage s);
 
-enum { CGROUP_DEPTH_MAX = 16 };
-
-/* One memory cgroup that the process is in, or an ancestor of it. */
-struct cgroup_level {
-	int limit; /* memory.max, or v1 memory.limit_in_bytes */
-	int high; /* memory.high: above it every allocation is slowed down; v1: none */
-	int usage; /* memory.current, or v1 memory.usage_in_bytes */
-	int stat; /* memory.stat */
-	int swap_limit; /* memory.swap.max, or v1 memory.memsw.limit_in_bytes, which is for memory and swap together */
-	int swap_usage; /* memory.swap.current, or v1 memory.memsw.usage_in_bytes */
-	bool v1;
+/*
+ * What a controller on the host has seen of cgroups that we cannot see: in a cgroup namespace the ancestors of its root, in
+ * another root perhaps all of them. It is good for a short time only, and what is allocated counts against it.
+ */
+struct lease {
+	_Atomic int64_t left; /* bytes */
+	_Atomic uint64_t until_ns; /* CLOCK_MONOTONIC */
 };
 
-/*
- * Files are opened once, when the process may still: after -runas or -chroot it may not. They are regular files
- * only, never a directory, which would be a way out of QEMU's chroot.
- */
+/* Files are opened once, when the process may still; as in struct cgroups. */
 struct headroom {
-	const char *root; /* "" but for tests */
 	int meminfo;
 	int status;
-	int membership; /* /proc/self/cgroup */
-	char memberships[4096]; /* ... as it was when `levels` were opened */
-	struct cgroup_level levels[CGROUP_DEPTH_MAX];
-	unsigned int n_levels;
-	bool cgroups_known; /* false: there may be limits that we cannot see */
+	int maps;
+	int max_map_count;
+	uint64_t total; /* bytes of memory that the host has */
+	struct cgroups cgroups;
+	struct numa numa;
+	struct lease lease; /* written by the control thread too */
 };
 
 void headroom_init(struct headroom *h);
@@ -64,12 +63,38 @@ int64_t headroom_vm_locked(const struct headroom *h);
 /* RLIMIT_MEMLOCK in bytes; UINT64_MAX when unlimited or when CAP_IPC_LOCK makes it so. */
 uint64_t headroom_memlock_limit(const struct headroom *h);
 
+/* Whether the process has a VFIO device or an iommufd open, which pins guest RAM on account of RLIMIT_MEMLOCK. */
+bool headroom_has_vfio(const char *root);
+
+/* What the host keeps, when @asked for is 0: the larger of 512 MiB and 2 %. */
+uint64_t headroom_reserve(const struct headroom *h, uint64_t asked);
+
+/* @left bytes may be allocated in the cgroups until @until_ns, as the controller sees it. */
+void headroom_lease(struct headroom *h, uint64_t left, uint64_t until_ns);
+
+struct headroom_ask {
+	uint64_t reserve; /* as for headroom_reserve() */
+	uint64_t nodes; /* as from numa_bound() */
+	uint64_t now_ns; /* CLOCK_MONOTONIC */
+};
+
 /*
- * Bytes of memory that can be allocated now without a risk of the kernel killing for it: the least of what the
- * host has available less a reserve (the larger of 512 MiB and 2 %) and of what each memory cgroup leaves less another
- * (the larger of 64 MiB and 1/16 of its limit): QEMU itself needs memory too, and locked memory gives none back. What
- * cannot be read counts as nothing left. A process that was moved to another cgroup is noticed. @why names the tightest.
+ * Bytes of memory that can be allocated now without a risk of the kernel killing for it: the least of what the host has
+ * available less its reserve, of what the cgroups leave as we see them and as the controller does, and of what the nodes
+ * have. What cannot be read counts as nothing left. @why names the tightest.
  */
-uint64_t headroom_memory(struct headroom *h, enum shortage *why);
+uint64_t headroom_memory(struct headroom *h, const struct headroom_ask *ask, enum shortage *why);
+
+/* @cost bytes are going to be allocated. */
+void headroom_spend(struct headroom *h, uint64_t cost);
+
+/* Says in @text that @why leaves @left bytes. */
+void headroom_explain(const struct headroom *h, enum shortage why, uint64_t left, char *text, size_t size);
+
+/*
+ * How many mappings may be added, with @ranges locked ones there: all of ours stay within 1/8 of vm.max_map_count, and with
+ * QEMU's own within 3/4, since a process that has reached it can map nothing more.
+ */
+uint64_t headroom_mappings(const struct headroom *h, size_t ranges);
 
 #endif

@@ -103,7 +103,7 @@ static void choose(struct locker *l, struct step *s)
 	uint64_t want, need, held = l->books.held.total;
 	bool foreign;
 
-	*s = (struct step){ .kind = STEP_NONE, .prefault = l->wish.prefault };
+	*s = (struct step){ .kind = STEP_NONE, .prefault = l->wish.prefault, .host_reserve = l->wish.host_reserve };
 	if (!l->known)
 		return;
 	if (locker_next_gone(l, &s->r)) {
@@ -205,8 +205,11 @@ static bool has_changed(struct locker *l)
 	return layout_generation != l->layout_generation;
 }
 
-/* Called with the mutex held, which it gives up while it looks. Returns false when there is nothing left to plan. */
-static bool make_plan(struct locker *l)
+/*
+ * Called with the mutex held, which it gives up while it looks. Returns why there is nothing to plan, or SHORTAGE_NONE when
+ * there is, or when it is to be looked at again.
+ */
+static enum shortage make_plan(struct locker *l)
 {
 	static struct ram_layout layout; /* the thread's own copies */
 	static struct extents held, on_fault;
@@ -216,6 +219,7 @@ static bool make_plan(struct locker *l)
 	enum order order = l->wish.order;
 	uint64_t counted = books_in_vm_locked(&l->books, &l->layout);
 	int64_t vm_locked;
+	uint64_t runs;
 
 	layout = l->layout;
 	held = l->books.held;
@@ -238,14 +242,19 @@ static bool make_plan(struct locker *l)
 	}
 	if (!l->plan.n && !is_stale(&r))
 		plan_address(&l->plan, &layout, &held, need);
+	runs = headroom_mappings(&l->stepper.headroom, held.n) / 2; /* each run splits a mapping twice at most */
+	if (l->plan.n > runs)
+		l->plan.n = (size_t)runs;
 
 	pthread_mutex_lock(&l->mutex);
 	if (r.generation != l->generation || r.layout_generation != l->layout_generation)
-		return true; /* look again */
+		return SHORTAGE_NONE;
 	l->plan_valid = true;
 	l->plan_generation = r.generation;
 	l->plan_layout = r.layout_generation;
-	return l->plan.n > 0;
+	if (l->plan.n)
+		return SHORTAGE_NONE;
+	return runs ? SHORTAGE_KERNEL : SHORTAGE_MAP_COUNT;
 }
 
 /* ---- Accounting; with the mutex ---- */
@@ -378,7 +387,10 @@ static void wait_idle(struct locker *l)
 		locker_wait_until(&l->wake, &l->mutex, deadline);
 }
 
-/* A short guarantee is tried again when the wish or the layout changes, or after a while. */
+/*
+ * A short guarantee is tried again when the wish or the layout changes, or after a while: the kernel tells of pressure (PSI,
+ * memory.events), but not that a limit was raised or memory became free.
+ */
 static void wait_short(struct locker *l)
 {
 	uint64_t generation = l->generation, layout_generation = l->layout_generation;
@@ -386,9 +398,11 @@ static void wait_short(struct locker *l)
 
 	if (deadline > upkeep_deadline(l))
 		deadline = upkeep_deadline(l);
-	while (!l->stop && generation == l->generation && layout_generation == l->layout_generation && !upkeep_is_due(l))
+	while (!l->stop && !l->look_again && generation == l->generation && layout_generation == l->layout_generation &&
+	       !upkeep_is_due(l))
 		if (locker_wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
 			break;
+	l->look_again = false;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
 	l->stepper.credit = 0;
 }
@@ -402,6 +416,7 @@ void *locker_run(void *arg)
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
 	while (!l->stop) {
+		enum shortage why;
 		struct step s;
 
 		if (upkeep_is_due(l)) {
@@ -418,10 +433,11 @@ void *locker_run(void *arg)
 				l->state = LOCKER_LOCKING;
 			if (has_changed(l))
 				continue;
-			if (!make_plan(l))
-				go_short(l, SHORTAGE_KERNEL, "no part of guest RAM is left to lock");
-			else
+			why = make_plan(l);
+			if (!why)
 				continue;
+			go_short(l, why, why == SHORTAGE_MAP_COUNT ? "QEMU has nearly as many mappings as vm.max_map_count allows" :
+								     "no part of guest RAM is left to lock");
 			break;
 		case STEP_SUSPENDED:
 			go_short(l, SHORTAGE_MIGRATION, l->suspended);

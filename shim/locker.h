@@ -35,6 +35,7 @@ struct wish {
 	bool prefault; /* false: lock pages only when the guest touches them */
 	uint32_t hold_budget_us; /* how long one system call may keep mmap_lock; 0: HOLD_BUDGET_US */
 	uint32_t threads; /* that populate; 0: one */
+	uint64_t host_reserve; /* bytes of memory that are left for the host; 0: as headroom_reserve() says */
 };
 
 enum {
@@ -70,6 +71,7 @@ struct locker {
 	bool known; /* layout is valid */
 	struct ram_layout layout;
 	uint64_t layout_generation;
+	bool look_again; /* what made the guarantee short may have changed */
 
 	struct books books;
 	const char *suspended; /* why guest RAM is not to be locked or populated now; NULL: it may be */
@@ -152,6 +154,12 @@ int locker_adopt(struct locker *l, const struct books *books, const struct wish 
 /* Whether there is a guarantee above 0. */
 bool locker_has_guarantee(struct locker *l);
 
+/*
+ * What a controller sees of the cgroups from outside: they leave @left bytes, which is to be believed for @seconds. A guarantee
+ * that is short is tried again at once.
+ */
+void locker_lease(struct locker *l, uint64_t left, unsigned int seconds);
+
 /* Whether the guarantee would grow with guest RAM. */
 bool locker_wants_more(struct locker *l);
 
@@ -174,6 +182,7 @@ struct locker_status {
 	uint64_t counted; /* what VmLck must show at least */
 	struct losses lost, repaired; /* since the start */
 	struct losses news_lost, news_repaired; /* with the events of the same names: since the last */
+	uint64_t host_reserve; /* bytes, in force */
 };
 
 /* A consistent picture. Counts resident pages when there are on-fault locks, so it may take a while. */

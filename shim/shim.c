@@ -146,7 +146,8 @@ static void launch_guarantee(struct shim *s, uint64_t ram)
 {
 	const struct guarantee *g = &s->config.guarantee;
 	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault,
-			     .hold_budget_us = s->config.hold_budget_us, .threads = s->config.threads };
+			     .hold_budget_us = s->config.hold_budget_us, .threads = s->config.threads,
+			     .host_reserve = s->config.host_reserve };
 
 	wish.all = g->kind == GUARANTEE_ALL;
 	wish.lock_ram_size = guarantee_resolve(g, ram);

@@ -28,7 +28,6 @@
 
 enum { PAGE = 4096 };
 static const uint64_t CREDIT_NS = 50 * 1000 * 1000;
-static const uint64_t MIB = 1 << 20;
 
 uint64_t now_ns(void)
 {
@@ -64,34 +63,36 @@ static void explain_rlimit(struct outcome *o, uint64_t limit)
 		 limit / 1024);
 }
 
-/* Whether @cost bytes may be allocated. */
-static bool afford(struct stepper *st, uint64_t cost, struct outcome *o)
+/* Whether @cost bytes may be allocated for @s. */
+static bool afford(struct stepper *st, const struct step *s, uint64_t cost, struct outcome *o)
 {
-	uint64_t now = now_ns(), left;
+	const struct headroom_ask ask = {
+		.reserve = s->host_reserve,
+		.nodes = numa_bound(&st->headroom.numa, s->r.start),
+		.now_ns = now_ns(),
+	};
+	uint64_t left;
 	enum shortage why;
 
-	if (cost <= st->credit && now < st->credit_until_ns) {
+	if (cost <= st->credit && ask.now_ns < st->credit_until_ns && ask.nodes == st->credit_nodes) {
 		st->credit -= cost;
+		headroom_spend(&st->headroom, cost);
 		return true;
 	}
-	left = headroom_memory(&st->headroom, &why);
+	left = headroom_memory(&st->headroom, &ask, &why);
 	left = left > st->owed ? left - st->owed : 0;
 	st->credit = left / 8;
-	st->credit_until_ns = now + CREDIT_NS;
+	st->credit_until_ns = ask.now_ns + CREDIT_NS;
+	st->credit_nodes = ask.nodes;
 	if (st->credit < cost)
 		st->credit = left / 2 >= cost ? cost : 0;
 	if (cost <= st->credit) {
 		st->credit -= cost;
+		headroom_spend(&st->headroom, cost);
 		return true;
 	}
 	o->shortage = why;
-	if (why == SHORTAGE_CGROUP && !st->headroom.cgroups_known)
-		snprintf(o->text, sizeof(o->text), "the limits of QEMU's memory cgroup cannot be read");
-	else
-		snprintf(o->text, sizeof(o->text),
-			 why == SHORTAGE_CGROUP ? "QEMU's memory cgroup leaves %" PRIu64 " MiB beyond its reserve" :
-						  "the host has %" PRIu64 " MiB available beyond its reserve",
-			 left / MIB);
+	headroom_explain(&st->headroom, why, left, o->text, sizeof(o->text));
 	return false;
 }
 
@@ -139,7 +140,7 @@ bool step_admit(struct stepper *st, const struct step *s, struct outcome *o)
 	cost = cost_of(st, s);
 	if (s->kind == STEP_POPULATE)
 		st->owed = st->owed > cost ? st->owed - cost : 0; /* it was asked for when it was armed */
-	if (!afford(st, cost, o)) {
+	if (!afford(st, s, cost, o)) {
 		st->owed += s->kind == STEP_POPULATE ? cost : 0;
 		return false;
 	}

@@ -32,6 +32,7 @@ struct step {
 	bool shared; /* a shared mapping: its page cache is the memory itself */
 	bool prefault;
 	bool mergeable; /* QEMU has asked for merging by KSM */
+	uint64_t host_reserve; /* bytes that are left for the host; 0: the usual */
 };
 
 /* What a step came to. */
@@ -48,6 +49,7 @@ struct stepper {
 	uint64_t owed; /* bytes that are armed and absent: the guest will allocate them */
 	uint64_t credit; /* bytes that headroom_memory() granted */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
+	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
 	bool others_lock; /* something in the process holds locks besides us */
 	bool no_populate; /* the kernel is older than 5.14 */
 };

@@ -9,6 +9,7 @@
 #include <time.h>
 
 static const uint64_t REMOVE_WAIT_NS = 100 * NS_PER_MS;
+static const uint64_t VFIO_SLACK = 1 << 30; /* besides guest RAM, all of which a device may have pinned */
 
 /* Bytes of hugetlb blocks that are not held: locking them takes nothing from RLIMIT_MEMLOCK. */
 static uint64_t free_hugetlb(const struct locker *l)
@@ -22,10 +23,10 @@ static uint64_t free_hugetlb(const struct locker *l)
 }
 
 static int check_wish(const struct locker *l, const struct wish *w, uint64_t limit, int64_t vm_locked,
-		      char text[SHORT_TEXT])
+		      bool vfio, char text[SHORT_TEXT])
 {
 	uint64_t want = w->all ? l->layout.total : w->lock_ram_size;
-	uint64_t counted, others, need;
+	uint64_t counted, others, kept, need;
 
 	if (!want)
 		return 0;
@@ -47,9 +48,12 @@ static int check_wish(const struct locker *l, const struct wish *w, uint64_t lim
 	others = vm_locked > (int64_t)counted ? (uint64_t)vm_locked - counted : 0;
 	need = want - l->books.held.total;
 	/* What others have locked may be the very bytes that are needed: the thread will see. */
-	if (need > free_hugetlb(l) + others && counted + others + (need - free_hugetlb(l)) > limit) {
-		snprintf(text, SHORT_TEXT, "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64
-			 " bytes, and %" PRIu64 " are locked already", limit, counted + others);
+	kept = vfio && others < l->layout.total + VFIO_SLACK ? l->layout.total + VFIO_SLACK : others;
+	if (need > free_hugetlb(l) + others && counted + kept + (need - free_hugetlb(l)) > limit) {
+		snprintf(text, SHORT_TEXT,
+			 "the locked-memory limit (RLIMIT_MEMLOCK) of QEMU is %" PRIu64 " bytes, and %" PRIu64
+			 " are locked already%s", limit, counted + others,
+			 kept > others ? " or kept for the devices of the host that it has (VFIO)" : "");
 		return -EPERM;
 	}
 	return 0;
@@ -100,15 +104,25 @@ int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 {
 	uint64_t limit = headroom_memlock_limit(&l->stepper.headroom);
 	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
+	bool vfio = limit != UINT64_MAX && headroom_has_vfio("");
 	int err;
 
 	upkeep_check(l);
 	pthread_mutex_lock(&l->mutex);
-	err = check_wish(l, wish, limit, vm_locked, text);
+	err = check_wish(l, wish, limit, vm_locked, vfio, text);
 	if (!err)
 		accept_wish(l, wish);
 	pthread_mutex_unlock(&l->mutex);
 	return err;
+}
+
+void locker_lease(struct locker *l, uint64_t left, unsigned int seconds)
+{
+	headroom_lease(&l->stepper.headroom, left, now_ns() + (uint64_t)seconds * NS_PER_S);
+	pthread_mutex_lock(&l->mutex);
+	l->look_again = true;
+	pthread_cond_signal(&l->wake);
+	pthread_mutex_unlock(&l->mutex);
 }
 
 void locker_set_launch(struct locker *l, const struct wish *wish)

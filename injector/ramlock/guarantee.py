@@ -53,6 +53,8 @@ class Wish:
     hold_budget: int | None = None
     """Microseconds."""
     threads: int | None = None
+    host_reserve: int | None = None
+    """Bytes; 0 for the default."""
 
     def arguments(self, ram: int) -> dict[str, Any]:
         """Return the arguments of set_ram_minguarantee; a percentage is resolved once, here."""
@@ -65,6 +67,8 @@ class Wish:
             arguments["hold-budget"] = self.hold_budget
         if self.threads is not None:
             arguments["threads"] = self.threads
+        if self.host_reserve is not None:
+            arguments["host-reserve"] = self.host_reserve
         return arguments
 
 

@@ -33,6 +33,8 @@ class Options:
     hold_budget: int | None = None
     """Microseconds."""
     threads: int | None = None
+    host_reserve: int | None = None
+    """Bytes; 0 for the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,8 @@ def shim_environ(environ: Mapping[str, str], library: Path, options: Options) ->
         result["RAMLOCK_HOLD_BUDGET"] = str(options.hold_budget)
     if options.threads is not None:
         result["RAMLOCK_THREADS"] = str(options.threads)
+    if options.host_reserve is not None:
+        result["RAMLOCK_HOST_RESERVE"] = str(options.host_reserve or "default")
     if options.allow_uid is not None:
         result["RAMLOCK_ALLOW_UID"] = str(options.allow_uid)
     if options.socket is not None:

@@ -65,6 +65,8 @@ class Guarantee(NamedTuple):
     hold_budget: int | None
     """Microseconds; None from a shim that does not tell."""
     threads: int | None
+    host_reserve: int | None
+    """Bytes that locking leaves for the host; None from a shim that does not say."""
     memlock_limit: int | None
     """RLIMIT_MEMLOCK; None is unlimited."""
     why: Why | None
@@ -110,6 +112,7 @@ def parse(reply: object) -> Guarantee:
         step_p99_us=_maybe(reply, "step-p99-us"),
         hold_budget=_maybe(reply, "hold-budget"),
         threads=_maybe(reply, "threads"),
+        host_reserve=_maybe(reply, "host-reserve"),
         memlock_limit=_maybe(reply, "memlock-limit"),
         why=_why(why) if isinstance(why, dict) else None,
         launch_error=printable(_get(reply, "launch-error", str)) if "launch-error" in reply else None,

@@ -92,6 +92,8 @@ def test_more_than_any_machine_has(guest: Guest) -> None:
         {"size": MIB, "hold-budget": 100_001},
         {"size": MIB, "threads": 0},
         {"size": MIB, "threads": 17},
+        {"size": MIB, "host-reserve": -1},
+        {"size": MIB, "host-reserve": "1G"},
         {"size": MIB, "unknown": 1},
     ],
     ids=str,

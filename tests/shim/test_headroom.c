@@ -6,6 +6,7 @@
 
 static const uint64_t MIB = 1 << 20;
 static struct headroom h;
+static struct headroom_ask ask; /* for the usual reserve, of any node, at time 0 */
 
 /* A host with 64 GiB, 8 GiB of it available, and no swap. */
 static void begin(void)
@@ -22,7 +23,7 @@ static uint64_t left(enum shortage *why)
 
 	headroom_init(&h);
 	headroom_open(&h, root);
-	bytes = headroom_memory(&h, why);
+	bytes = headroom_memory(&h, &ask, why);
 	headroom_deinit(&h);
 	return bytes;
 }
@@ -56,8 +57,16 @@ static void the_host_keeps_a_reserve(void)
 	/* 2 % of 64 GiB is more than 512 MiB. */
 	CHECK_EQ(left(&why), 8192 * MIB - 64 * 1024 * MIB / 50);
 	CHECK_EQ(why, SHORTAGE_HOST_MEMORY);
+	ask.reserve = 3 * 1024 * MIB;
+	CHECK_EQ(left(&why), 5 * 1024 * MIB);
+	ask.reserve = 0;
 	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\n", 8 << 20, 400 << 10);
 	CHECK_EQ(left(&why), 0);
+	headroom_init(&h);
+	headroom_open(&h, root);
+	CHECK_EQ(headroom_reserve(&h, 0), 512 * MIB); /* 2 % of 8 GiB is less */
+	CHECK_EQ(headroom_reserve(&h, MIB), MIB);
+	headroom_deinit(&h);
 	end();
 }
 
@@ -178,11 +187,11 @@ static void a_move_to_another_cgroup_is_noticed(void)
 	put_v2("sys/fs/cgroup/tight", 128, 0);
 	headroom_init(&h);
 	headroom_open(&h, root);
-	CHECK_EQ(headroom_memory(&h, &why), (4096 - 256) * MIB);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), (4096 - 256) * MIB);
 	put("proc/self/cgroup", "0::/tight\n");
-	CHECK_EQ(headroom_memory(&h, &why), 64 * MIB);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 64 * MIB);
 	put("proc/self/cgroup", "0::/gone\n");
-	CHECK_EQ(headroom_memory(&h, &why), 0);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 0);
 	CHECK_EQ(why, SHORTAGE_CGROUP);
 	headroom_deinit(&h);
 	end();
@@ -205,6 +214,121 @@ static void the_locked_memory_limit(void)
 	end();
 }
 
+static void a_controller_tells_what_cannot_be_seen(void)
+{
+	enum shortage why;
+	char text[256];
+
+	begin();
+	put("proc/self/cgroup", "5:cpu,memory:/vm\n"); /* nothing is mounted here */
+	headroom_init(&h);
+	headroom_open(&h, root);
+	ask.now_ns = 1000;
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 0);
+	headroom_explain(&h, why, 0, text, sizeof(text));
+	CHECK_CONTAINS(text, "cannot be read");
+	headroom_lease(&h, 300 * MIB, 2000);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 300 * MIB);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	headroom_explain(&h, why, 300 * MIB, text, sizeof(text));
+	CHECK_CONTAINS(text, "300 MiB");
+	headroom_spend(&h, 200 * MIB);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 100 * MIB);
+	headroom_spend(&h, 200 * MIB);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 0);
+	headroom_lease(&h, UINT64_MAX, 2000);
+	CHECK(headroom_memory(&h, &ask, &why) > 300 * MIB);
+	CHECK_EQ(why, SHORTAGE_HOST_MEMORY);
+	ask.now_ns = 2000; /* it has ended */
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 0);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	headroom_deinit(&h);
+
+	/* Never weaker than what is seen here, whichever is the tighter. */
+	put("proc/self/mountinfo", v2_mount, "/");
+	put("proc/self/cgroup", "0::/vm\n");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
+	put_v2("sys/fs/cgroup/vm", 1024, 0);
+	headroom_init(&h);
+	headroom_open(&h, root);
+	headroom_lease(&h, 2048 * MIB, 3000);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 960 * MIB);
+	headroom_lease(&h, 100 * MIB, 3000);
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 100 * MIB);
+	headroom_deinit(&h);
+	ask.now_ns = 0;
+	end();
+}
+
+static void put_maps(int lines)
+{
+	char name[PATH_MAX];
+	FILE *f;
+
+	put("proc/self/maps", "%s", "");
+	snprintf(name, sizeof(name), "%s/proc/self/maps", root);
+	f = fopen(name, "w");
+	for (int i = 0; i < lines; i++)
+		fprintf(f, "7f0000000000-7f0000001000 rw-p 00000000 00:00 0 \n");
+	fclose(f);
+}
+
+static uint64_t mappings(size_t ranges)
+{
+	uint64_t n;
+
+	headroom_init(&h);
+	headroom_open(&h, root);
+	n = headroom_mappings(&h, ranges);
+	headroom_deinit(&h);
+	return n;
+}
+
+static void mappings_run_out_before_the_kernel_says_so(void)
+{
+	begin();
+	put("proc/sys/vm/max_map_count", "8000\n");
+	put_maps(500);
+	CHECK_EQ(mappings(0), 1000); /* 1/8 for all of ours */
+	CHECK_EQ(mappings(400), 200);
+	CHECK_EQ(mappings(501), 0);
+	put_maps(5900); /* QEMU has nearly 3/4 of them itself */
+	CHECK_EQ(mappings(0), 100);
+	put_maps(7000);
+	CHECK_EQ(mappings(0), 0);
+	end();
+	begin(); /* nothing to be read: the kernel's usual number, half of it used */
+	CHECK_EQ(mappings(0), 65530 / 8);
+	end();
+}
+
+static void put_link(const char *name, const char *to)
+{
+	char path[PATH_MAX];
+
+	put("proc/self/fd/.made", "%s", "");
+	snprintf(path, sizeof(path), "%s/proc/self/fd/%s", root, name);
+	unlink(path);
+	CHECK(!symlink(to, path));
+}
+
+static void devices_of_the_host_are_noticed(void)
+{
+	static const char *const links[] = { "/dev/vfio/12", "/dev/vfio/devices/vfio0", "anon_inode:[vfio-device]", "/dev/iommu" };
+
+	begin();
+	CHECK(!headroom_has_vfio(root));
+	put_link("3", "anon_inode:kvm-vm");
+	put_link("4", "/dev/vfiox");
+	CHECK(!headroom_has_vfio(root));
+	for (size_t i = 0; i < sizeof(links) / sizeof(links[0]); i++) {
+		put_link("5", links[i]);
+		CHECK(headroom_has_vfio(root));
+	}
+	end();
+	CHECK(!headroom_has_vfio(""));
+}
+
 static void this_machine_can_be_read(void)
 {
 	enum shortage why;
@@ -212,11 +336,14 @@ static void this_machine_can_be_read(void)
 	headroom_init(&h);
 	headroom_open(&h, "");
 	CHECK(headroom_vm_locked(&h) >= 0);
-	CHECK(h.cgroups_known);
-	headroom_memory(&h, &why);
+	CHECK(h.cgroups.known);
+	headroom_memory(&h, &ask, &why);
+	CHECK(headroom_mappings(&h, 0) > 0);
 	headroom_deinit(&h);
 }
 
 CHECK_MAIN(CASE(the_host_keeps_a_reserve), CASE(what_cannot_be_read_is_not_there), CASE(the_tightest_ancestor_counts),
 	   CASE(version_one_counts_the_children), CASE(a_container_sees_its_part_of_the_tree),
-	   CASE(a_move_to_another_cgroup_is_noticed), CASE(the_locked_memory_limit), CASE(this_machine_can_be_read))
+	   CASE(a_move_to_another_cgroup_is_noticed), CASE(the_locked_memory_limit),
+	   CASE(a_controller_tells_what_cannot_be_seen), CASE(mappings_run_out_before_the_kernel_says_so),
+	   CASE(devices_of_the_host_are_noticed), CASE(this_machine_can_be_read))

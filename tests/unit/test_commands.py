@@ -193,12 +193,19 @@ def test_what_status_says(changes: dict[str, object], says: str) -> None:
 
 def test_set(run: Run, serve: Serve) -> None:
     shim = Shim(reply(), reply(generation=1, requested=GIB, state="locking"), reply(generation=1, requested=GIB))
-    how = ("--order", "address", "--no-prefault", "--hold-budget", "250", "--threads", "2")
+    how = ("--order", "address", "--no-prefault", "--hold-budget", "250", "--threads", "2", "--host-reserve", "3G")
     result = run("set", "50%", "--socket", serve(shim), *how)
     assert result.code == 0
     assert "1 GiB guaranteed" in result.out
     assert result.err == ""
-    assert shim.arguments() == {"size": GIB, "order": "address", "prefault": False, "hold-budget": 250, "threads": 2}
+    assert shim.arguments() == {
+        "size": GIB,
+        "order": "address",
+        "prefault": False,
+        "hold-budget": 250,
+        "threads": 2,
+        "host-reserve": 3 * GIB,
+    }
 
 
 def test_set_for_programs(run: Run, serve: Serve) -> None:

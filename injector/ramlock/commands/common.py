@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-from ramlock.errors import RamlockError, UsageError
+from ramlock.errors import RamlockError, SizeError, UsageError
 from ramlock.sizes import Size, parse_size
+from ramlock.text import printable
 from ramlock.vms import Selector
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,6 +26,19 @@ def read_size(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     Raises SizeError, which unlike an error of click's keeps its hint.
     """
     return None if value is None else parse_size(value)
+
+
+def read_reserve(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Read what the host keeps, as a click callback: bytes, 0 for "default".
+
+    Raises SizeError.
+    """
+    if value is None or value.strip().lower() == "default":
+        return None if value is None else 0
+    size = parse_size(value)
+    if size.kind != "bytes" or size.value == 0:
+        raise SizeError(f"'{printable(value, 40)}' cannot be left for the host", "give bytes, such as 2G, or default")
+    return size.value
 
 
 def read_seconds(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -84,6 +98,12 @@ def which_pid(pid: int | None, vm: str | None, find: Callable[[str], int]) -> in
 def lock_options(function: F) -> F:
     """Add the options that say how to lock; launch.Options and guarantee.Wish have them as fields."""
     for option in (
+        click.option(
+            "--host-reserve",
+            callback=read_reserve,
+            metavar="SIZE",
+            help="Memory that locking leaves for the host (default: the larger of 512M and 2 %).",
+        ),
         click.option(
             "--threads",
             type=click.IntRange(1, THREADS_MAX),

@@ -63,6 +63,7 @@ def command(
     prefault: bool | None,
     hold_budget: int | None,
     threads: int | None,
+    host_reserve: int | None,
     wait: bool,
     timeout: float,
     allow_seccomp: bool,
@@ -97,7 +98,7 @@ def command(
                     "the shim is in the VM, but its guest RAM is not known yet; nothing was locked",
                     "try again when the VM has started",
                 )
-            wish = guarantee.Wish(size, order, prefault, hold_budget, threads)
+            wish = guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve)
             now = place_and_follow(found, wish, Deadline(None), wait=wait, patient=False)
         if as_json:
             emit_json(_json(outcome))

@@ -31,6 +31,7 @@ def command(
     prefault: bool | None,
     hold_budget: int | None,
     threads: int | None,
+    host_reserve: int | None,
     qemu: tuple[str, ...],
 ) -> None:
     """Start QEMU with the shim in it.
@@ -56,7 +57,7 @@ def command(
     """
     from ramlock import launch  # takes pyelftools, which --help need not
 
-    options = launch.Options(guarantee, order, prefault, socket, allow_uid, hold_budget, threads)
+    options = launch.Options(guarantee, order, prefault, socket, allow_uid, hold_budget, threads, host_reserve)
     ready = launch.prepare(qemu, options, launch.own_environ(os.environ))
     for warning in ready.warnings:
         click.echo(f"ramlock: {warning}", err=True)

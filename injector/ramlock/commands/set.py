@@ -49,6 +49,7 @@ def command(
     prefault: bool | None,
     hold_budget: int | None,
     threads: int | None,
+    host_reserve: int | None,
     wait: bool,
     timeout: float | None,
     as_json: bool,
@@ -75,7 +76,7 @@ def command(
     with vms.session(chosen, patience=patience, deadline=deadline) as found:
         now = place_and_follow(
             found,
-            guarantee.Wish(size, order, prefault, hold_budget, threads),
+            guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve),
             deadline,
             wait=wait,
             patient=timeout is not None,

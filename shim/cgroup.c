@@ -1,0 +1,269 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What the memory cgroups leave.
+ *
+ * Going over a memory cgroup's limit is not an error code but a SIGKILL, so what is left is read before memory is
+ * allocated, and what cannot be read counts as not there.
+ */
+#include "cgroup.h"
+
+#include "fd.h"
+#include "smallfile.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const uint64_t MIB = 1 << 20;
+
+static void close_levels(struct cgroups *c)
+{
+	for (unsigned int i = 0; i < c->n_levels; i++) {
+		const struct cgroup_level *l = &c->levels[i];
+		const int fds[] = { l->limit, l->high, l->usage, l->stat, l->swap_limit, l->swap_usage };
+
+		for (size_t j = 0; j < sizeof(fds) / sizeof(fds[0]); j++)
+			fd_close(fds[j]);
+	}
+	c->n_levels = 0;
+}
+
+/* Opens the files of one cgroup directory. Returns 0, or -errno: -ENOENT in v2 is one without a memory controller. */
+static int open_level(struct cgroup_level *level, const char *dir, bool v1)
+{
+	*level = (struct cgroup_level){ .v1 = v1 };
+	level->limit = smallfile_open(dir, v1 ? "memory.limit_in_bytes" : "memory.max");
+	if (level->limit < 0)
+		return -errno;
+	level->high = v1 ? -1 : smallfile_open(dir, "memory.high");
+	level->usage = smallfile_open(dir, v1 ? "memory.usage_in_bytes" : "memory.current");
+	level->stat = smallfile_open(dir, "memory.stat");
+	level->swap_limit = smallfile_open(dir, v1 ? "memory.memsw.limit_in_bytes" : "memory.swap.max");
+	level->swap_usage = smallfile_open(dir, v1 ? "memory.memsw.usage_in_bytes" : "memory.swap.current");
+	return 0;
+}
+
+/* Opens the cgroup at @mount + @path and all its ancestors below @mount. What cannot be seen may have a limit. */
+static void open_levels(struct cgroups *c, const char *mount, char *path, bool v1)
+{
+	for (;;) {
+		char dir[SMALLFILE_PATH];
+		char *slash;
+		int err;
+
+		if (c->n_levels == CGROUP_DEPTH_MAX ||
+		    (size_t)snprintf(dir, sizeof(dir), "%s%s", mount, path) >= sizeof(dir)) {
+			c->known = false;
+			return;
+		}
+		err = open_level(&c->levels[c->n_levels], dir, v1);
+		if (!err)
+			c->n_levels++;
+		else if (v1 || err != -ENOENT || !smallfile_exists(dir, "cgroup.procs"))
+			c->known = false;
+		slash = strrchr(path, '/');
+		if (!slash || path[1] == '\0')
+			return;
+		*(slash == path ? slash + 1 : slash) = '\0';
+	}
+}
+
+/* Whether the comma-separated @list of v1 controllers has "memory". */
+static bool has_memory(const char *list)
+{
+	for (const char *p = list; p; p = strchr(p, ',')) {
+		p += *p == ',';
+		if (!strncmp(p, "memory", 6) && (p[6] == '\0' || p[6] == ','))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Finds where the memory controller is mounted: /proc/self/mountinfo has lines of "ID PARENT DEV ROOT MOUNTPOINT OPTIONS...
+ * - TYPE SOURCE SUPEROPTIONS" (proc(5)). In a container ROOT is a cgroup further down, which @path begins with and the
+ * mount point does not show. Returns 0 with @path made relative to @mount, or -ENOENT.
+ */
+static int find_mount(const char *root, bool v1, char *path, char mount[SMALLFILE_PATH])
+{
+	char file[SMALLFILE_PATH], *line = NULL;
+	size_t size = 0;
+	int err = -ENOENT;
+	FILE *f;
+
+	snprintf(file, sizeof(file), "%s/proc/self/mountinfo", root);
+	f = fopen(file, "re");
+	while (f && err && getline(&line, &size, f) > 0) {
+		char subtree[PATH_MAX], point[PATH_MAX], type[32], options[PATH_MAX];
+		const char *dash = strstr(line, " - ");
+		size_t n;
+
+		if (!dash || sscanf(line, "%*s %*s %*s %4095s %4095s", subtree, point) != 2 ||
+		    sscanf(dash, " - %31s %*s %4095s", type, options) != 2 || strcmp(type, v1 ? "cgroup" : "cgroup2") ||
+		    (v1 && !has_memory(options)))
+			continue;
+		n = strcmp(subtree, "/") ? strlen(subtree) : 0;
+		if (strncmp(path, subtree, n) || (path[n] && path[n] != '/'))
+			continue; /* not the part that we are in */
+		memmove(path, path + n, strlen(path + n) + 1);
+		if (!*path)
+			strcpy(path, "/");
+		snprintf(mount, SMALLFILE_PATH, "%s%s", root, point);
+		err = 0;
+	}
+	free(line);
+	if (f)
+		fclose(f);
+	return err;
+}
+
+/* /proc/self/cgroup lists "ID:CONTROLLERS:PATH"; v2 is "0::PATH" (cgroups(7)). */
+static void open_all(struct cgroups *c)
+{
+	char text[sizeof(c->memberships)], mount[SMALLFILE_PATH], *line, *next;
+	int err = smallfile_read(c->membership, c->memberships, sizeof(c->memberships));
+	char *v2 = NULL;
+
+	close_levels(c);
+	/* A kernel without cgroups has no limits either; without /proc there is no telling. */
+	c->known = err ? err == -EBADF && smallfile_exists(c->root, "proc/self/status") : true;
+	if (err)
+		return;
+	memcpy(text, c->memberships, sizeof(text));
+	for (line = text; line && *line; line = next) {
+		char *controllers, *path;
+
+		next = strchr(line, '\n');
+		if (next)
+			*next++ = '\0';
+		controllers = strchr(line, ':');
+		path = controllers ? strchr(controllers + 1, ':') : NULL;
+		if (!path)
+			continue;
+		*path++ = '\0';
+		controllers++;
+		if (!*controllers)
+			v2 = path;
+		if (!has_memory(controllers))
+			continue;
+		if (find_mount(c->root, true, path, mount))
+			c->known = false;
+		else
+			open_levels(c, mount, path, true);
+		return; /* v1 has it, so v2 has not */
+	}
+	if (v2 && strcmp(v2, "/")) {
+		if (find_mount(c->root, false, v2, mount))
+			c->known = false;
+		else
+			open_levels(c, mount, v2, false);
+	} else if (v2 && !find_mount(c->root, false, v2, mount)) {
+		open_levels(c, mount, v2, false); /* "/" can be a cgroup of its own in a namespace */
+	}
+}
+
+/* A cgroup's number; "max" is UINT64_MAX. Returns 0 or -errno. */
+static int read_number(int fd, uint64_t *out)
+{
+	char text[64];
+	int err = smallfile_read(fd, text, sizeof(text));
+
+	if (err)
+		return err;
+	*out = strncmp(text, "max", 3) ? strtoull(text, NULL, 10) : UINT64_MAX;
+	return 0;
+}
+
+static uint64_t stat_value(const char *stat, bool v1, const char *key)
+{
+	char name[64];
+	uint64_t value;
+
+	/* v1's plain counters leave out the children. */
+	snprintf(name, sizeof(name), "%s%s ", v1 ? "total_" : "", key);
+	return smallfile_value(stat, name, 10, &value) ? 0 : value;
+}
+
+/* Bytes that the cgroup may still put into swap; what cannot be read is nothing. */
+static uint64_t swap_left(const struct cgroup_level *level)
+{
+	uint64_t limit, usage;
+
+	if (read_number(level->swap_limit, &limit) || read_number(level->swap_usage, &usage))
+		return 0;
+	return limit > usage ? limit - usage : 0;
+}
+
+/*
+ * What one cgroup leaves: its limit less its usage and a reserve, plus the page cache that the kernel gives up easily,
+ * plus half of the anonymous memory that could go to swap.
+ */
+static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free)
+{
+	char stat[16384];
+	uint64_t limit, high, usage, left, anon, swap = swap_left(level), reserve;
+
+	if (read_number(level->limit, &limit) || read_number(level->usage, &usage))
+		return 0;
+	if (level->high >= 0 && !read_number(level->high, &high) && high < limit)
+		limit = high;
+	if (limit >= (uint64_t)INT64_MAX / 2) /* v1 says "none" with a number close to 2^63 */
+		return UINT64_MAX;
+	left = limit > usage ? limit - usage : 0;
+	if (!smallfile_read(level->stat, stat, sizeof(stat))) {
+		left += stat_value(stat, level->v1, "inactive_file");
+		anon = stat_value(stat, level->v1, "inactive_anon") + stat_value(stat, level->v1, "active_anon");
+		if (swap > swap_free)
+			swap = swap_free;
+		left += (anon < swap ? anon : swap) / 2;
+	}
+	if (left > limit)
+		left = limit;
+	reserve = limit / 16 > 64 * MIB ? limit / 16 : 64 * MIB;
+	return left > reserve ? left - reserve : 0;
+}
+
+/* Whether the process is still in the cgroups whose files are open. */
+static bool has_moved(const struct cgroups *c)
+{
+	char now[sizeof(c->memberships)];
+
+	return c->membership >= 0 && (smallfile_read(c->membership, now, sizeof(now)) || strcmp(now, c->memberships));
+}
+
+void cgroups_init(struct cgroups *c)
+{
+	*c = (struct cgroups){ .membership = -1 };
+}
+
+void cgroups_open(struct cgroups *c, const char *root)
+{
+	c->root = root;
+	c->membership = smallfile_open(root, "proc/self/cgroup");
+	open_all(c);
+}
+
+void cgroups_deinit(struct cgroups *c)
+{
+	fd_close(c->membership);
+	close_levels(c);
+	cgroups_init(c);
+}
+
+uint64_t cgroups_left(struct cgroups *c, uint64_t swap_free)
+{
+	uint64_t left = UINT64_MAX;
+
+	if (has_moved(c))
+		open_all(c);
+	if (!c->known)
+		return 0;
+	for (unsigned int i = 0; i < c->n_levels; i++) {
+		uint64_t here = level_left(&c->levels[i], swap_free);
+
+		if (here < left)
+			left = here;
+	}
+	return left;
+}

@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The memory cgroups that the process is in, v1 and v2, with all their ancestors. */
+#ifndef RAMLOCK_CGROUP_H
+#define RAMLOCK_CGROUP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { CGROUP_DEPTH_MAX = 16 };
+
+/* One memory cgroup that the process is in, or an ancestor of it. */
+struct cgroup_level {
+	int limit; /* memory.max, or v1 memory.limit_in_bytes */
+	int high; /* memory.high: above it every allocation is slowed down; v1: none */
+	int usage; /* memory.current, or v1 memory.usage_in_bytes */
+	int stat; /* memory.stat */
+	int swap_limit; /* memory.swap.max, or v1 memory.memsw.limit_in_bytes, which is for memory and swap together */
+	int swap_usage; /* memory.swap.current, or v1 memory.memsw.usage_in_bytes */
+	bool v1;
+};
+
+/*
+ * Files are opened once, when the process may still: after -runas or -chroot it may not. They are regular files
+ * only, never a directory, which would be a way out of QEMU's chroot.
+ */
+struct cgroups {
+	const char *root; /* "" but for tests */
+	int membership; /* /proc/self/cgroup */
+	char memberships[4096]; /* ... as it was when `levels` were opened */
+	struct cgroup_level levels[CGROUP_DEPTH_MAX];
+	unsigned int n_levels;
+	bool known; /* false: there may be limits that we cannot see */
+};
+
+void cgroups_init(struct cgroups *c);
+void cgroups_open(struct cgroups *c, const char *root);
+void cgroups_deinit(struct cgroups *c);
+
+/*
+ * Bytes that the tightest of them leaves less a reserve (the larger of 64 MiB and 1/16 of its limit): QEMU itself needs
+ * memory too, and locked memory gives none back. UINT64_MAX without a limit, 0 when it cannot be known. @swap_free is
+ * what the host has. A process that was moved to another cgroup is noticed.
+ */
+uint64_t cgroups_left(struct cgroups *c, uint64_t swap_free);
+
+#endif
