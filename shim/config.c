@@ -3,6 +3,7 @@
 #include "config.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -10,14 +11,17 @@
 
 __extension__ typedef unsigned __int128 u128;
 
-enum { MILLION = 1000000 };
+enum { MILLION = 1000000, SIZE_TEXT = 64 /* characters of the longest size */ };
 
-/* Reads DIGITS[.DIGITS] as millionths. Returns the first character after it, or NULL when there is no number. */
-static const char *parse_millionths(const char *p, u128 *out)
+static const char spaces[] = " \t\n\v\f\r";
+
+/* Reads DIGITS[.DIGITS], with up to six after the point, as millionths. Returns what follows; NULL: there is no number. */
+static const char *parse_millionths(const char *p, u128 *out, bool *fraction)
 {
 	u128 value = 0;
 	unsigned int scale = MILLION;
 
+	*fraction = false;
 	if (*p < '0' || *p > '9')
 		return NULL;
 	for (; *p >= '0' && *p <= '9'; p++) {
@@ -31,21 +35,24 @@ static const char *parse_millionths(const char *p, u128 *out)
 		if (*p < '0' || *p > '9')
 			return NULL;
 		for (; *p >= '0' && *p <= '9'; p++) {
+			if (scale == 1)
+				return NULL;
 			scale /= 10;
 			value += scale * (unsigned int)(*p - '0');
+			*fraction |= *p != '0';
 		}
 	}
 	*out = value;
 	return p;
 }
 
-/* The binary exponent of a unit, 0 for none, -1 for an unknown one. */
+/* The binary exponent of a unit, -1 for an unknown one. */
 static int unit_shift(const char *unit)
 {
-	static const char letters[] = "KMGTPE";
+	static const char letters[] = "KMGT";
 	const char *letter;
 
-	if (!*unit)
+	if (!*unit || !strcasecmp(unit, "B"))
 		return 0;
 	letter = strchr(letters, *unit & ~0x20);
 	if (!letter || (unit[1] && strcasecmp(unit + 1, "iB")))
@@ -55,24 +62,35 @@ static int unit_shift(const char *unit)
 
 int guarantee_parse(const char *text, struct guarantee *out, const char **why)
 {
+	char copy[SIZE_TEXT + 1];
 	const char *unit;
 	u128 millionths;
+	bool fraction;
+	size_t n;
 	int shift;
 
-	if (!strcasecmp(text, "all")) {
+	*why = "is not a size: use bytes, 512M, 2G, 50% or all";
+	text += strspn(text, spaces);
+	n = strlen(text);
+	while (n && strchr(spaces, text[n - 1]))
+		n--;
+	if (n >= sizeof(copy))
+		return -EINVAL;
+	memcpy(copy, text, n);
+	copy[n] = '\0';
+
+	if (!strcasecmp(copy, "all")) {
 		*out = (struct guarantee){ .kind = GUARANTEE_ALL };
 		return 0;
 	}
-	unit = parse_millionths(text, &millionths);
-	if (!unit) {
-		*why = "is not a size: use bytes, 512M, 2G, 50% or all";
+	unit = parse_millionths(copy, &millionths, &fraction);
+	if (!unit)
 		return -EINVAL;
-	}
+	unit += strspn(unit, spaces);
 	if (!strcmp(unit, "%")) {
-		if (millionths > (u128)100 * MILLION) {
-			*why = "is more than 100%";
+		*why = fraction ? "is not a whole percentage" : "is more than 100%";
+		if (fraction || millionths > (u128)100 * MILLION)
 			return -EINVAL;
-		}
 		*out = (struct guarantee){ GUARANTEE_PERCENT, (uint64_t)(millionths / 100) };
 		return 0;
 	}
@@ -81,12 +99,16 @@ int guarantee_parse(const char *text, struct guarantee *out, const char **why)
 		*why = "has an unknown unit: use K, M, G, T or KiB, MiB, GiB, TiB";
 		return -EINVAL;
 	}
+	if (!shift && fraction) {
+		*why = "has a fraction of a byte";
+		return -EINVAL;
+	}
 	if (millionths >> (127 - shift) || (millionths << shift) / MILLION > INT64_MAX) {
 		*why = "is too large";
 		return -EINVAL;
 	}
 	millionths = (millionths << shift) / MILLION;
-	if (!shift && millionths > 0 && millionths < 1 << 20) {
+	if (!*unit && millionths > 0 && millionths < 1 << 20) {
 		*why = "is a very small number of bytes: add a unit, such as M";
 		return -EINVAL;
 	}
@@ -137,8 +159,10 @@ static void config_read(struct config *c, config_get_fn *get, void *opaque, void
 	c->owner = getuid();
 
 	text = get(opaque, "RAMLOCK_GUARANTEE");
-	if (text && *text && guarantee_parse(text, &c->guarantee, &why))
-		warn("RAMLOCK_GUARANTEE: '%s' %s; starting without a guarantee", text, why);
+	if (text && *text && guarantee_parse(text, &c->guarantee, &why)) {
+		snprintf(c->guarantee_error, sizeof(c->guarantee_error), "RAMLOCK_GUARANTEE: '%.64s' %s; none is set", text, why);
+		warn("%s", c->guarantee_error);
+	}
 
 	text = get(opaque, "RAMLOCK_ORDER");
 	if (text && !strcmp(text, "address"))

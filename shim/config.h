@@ -17,6 +17,7 @@ struct guarantee {
 
 struct config {
 	struct guarantee guarantee; /* 0 bytes: none */
+	char guarantee_error[160]; /* why there is none, though one was asked for */
 	enum order order;
 	bool prefault;
 	uint32_t hold_budget_us; /* 0: the usual */

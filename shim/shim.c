@@ -149,6 +149,8 @@ static void launch_guarantee(struct shim *s, uint64_t ram)
 			     .hold_budget_us = s->config.hold_budget_us, .threads = s->config.threads,
 			     .host_reserve = s->config.host_reserve };
 
+	if (s->config.guarantee_error[0])
+		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error), "%s", s->config.guarantee_error);
 	wish.all = g->kind == GUARANTEE_ALL;
 	wish.lock_ram_size = guarantee_resolve(g, ram);
 	if (!wish.all && wish.lock_ram_size > ram) {

@@ -18,7 +18,9 @@ MAX_SIZE = (1 << 63) - 1
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB, "t": TIB, "tib": TIB}
 _NAMES = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"), (1, "B"))
 _DECIMAL_UNITS = {"kb": "KiB", "mb": "MiB", "gb": "GiB", "tb": "TiB"}
-_SIZE = r"([0-9]+)(?:\.([0-9]+))?\s*([A-Za-z]*|%)"
+_SIZE = r"([0-9]+)(?:\.([0-9]{1,6}))?[ \t\n\v\f\r]*([A-Za-z]*|%)"
+_SPACES = " \t\n\v\f\r"
+_LONGEST = 64
 _EXAMPLES = "write it like 512M, 2G, 1.5GiB, 50% or all"
 
 
@@ -39,7 +41,7 @@ class Size:
         """Return it as the shim reads it from RAMLOCK_GUARANTEE."""
         if self.kind == "all":
             return "all"
-        return f"{self.value}%" if self.kind == "percent" else str(self.value)
+        return f"{self.value}%" if self.kind == "percent" else f"{self.value}B"
 
     def __str__(self) -> str:
         return format_size(self.value) if self.kind == "bytes" else self.for_shim()
@@ -51,9 +53,10 @@ def parse_size(text: str) -> Size:
     Raises SizeError when it is not one, or is one that is nearly always a slip (a bare 2048, GB).
     """
     shown = printable(text, 40)
-    if text.strip().lower() == "all":
+    bare = text.strip(_SPACES)
+    if bare.lower() == "all":
         return Size("all")
-    match = re.fullmatch(_SIZE, text.strip(), re.ASCII) if len(text) <= 64 else None
+    match = re.fullmatch(_SIZE, bare, re.ASCII) if len(bare) <= _LONGEST else None
     if match is None:
         if re.fullmatch(r"\s*-[0-9.]+\s*[A-Za-z%]*\s*", text):
             raise SizeError(f"'{shown}' is negative, a size is not", "to unlock everything say 0")

@@ -64,6 +64,17 @@ def test_socket_elsewhere(how: How, tmp_path: Path) -> None:
         assert json.loads(ramlock("status", "--pid", guest.pid, "--json").stdout)["requested"] == 96 * MIB
 
 
+def test_a_guarantee_that_cannot_be_understood() -> None:
+    """The VM starts all the same, and whoever asks learns why it has none, until one is set."""
+    with Guest(how="env", env={"RAMLOCK_GUARANTEE": "64MB"}) as guest:
+        reply = guest.settle()
+        assert (reply["requested"], truth.vm_lck(guest.pid)) == (0, 0)
+        assert "RAMLOCK_GUARANTEE: '64MB' has an unknown unit" in reply["launch-error"]
+        assert "'64MB'" in ramlock("status", "--pid", guest.pid).stdout
+        check_set(guest)
+        assert "launch-error" not in guest.query()
+
+
 @pytest.mark.parametrize("how", ["run", "env"])
 def test_daemonize(how: How) -> None:
     with Guest(how=how, args=["-daemonize"], env={"RAMLOCK_GUARANTEE": "64M"} if how == "env" else {}) as guest:

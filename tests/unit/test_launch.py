@@ -32,7 +32,7 @@ def test_options_go_into_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
     assert environ == {
         "A": "b",
         "LD_PRELOAD": str(LIBRARY),
-        "RAMLOCK_GUARANTEE": str(1 << 30),
+        "RAMLOCK_GUARANTEE": f"{1 << 30}B",
         "RAMLOCK_ORDER": "address",
         "RAMLOCK_PREFAULT": "0",
         "RAMLOCK_SOCKET": str(tmp_path / "s"),
@@ -43,7 +43,7 @@ def test_options_go_into_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_options_not_given_leave_the_environment() -> None:
-    before = {"RAMLOCK_GUARANTEE": "all", "RAMLOCK_PREFAULT": "0"}
+    before = {"RAMLOCK_GUARANTEE": "all", "RAMLOCK_PREFAULT": "0B"}
     assert launch.shim_environ(before, LIBRARY, Options()) == {**before, "LD_PRELOAD": str(LIBRARY)}
 
 

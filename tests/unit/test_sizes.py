@@ -1,6 +1,8 @@
 """SIZE as people write it, and as they should not."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,23 @@ from ramlock.sizes import GIB, KIB, MAX_SIZE, MIB, TIB, Size, format_apart, form
 )
 def test_bytes(text: str, size: int) -> None:
     assert parse_size(text) == Size("bytes", size)
+
+
+TABLE = Path(__file__).parents[1] / "sizes.txt"
+"""Read by the shim's own test as well."""
+
+
+@pytest.mark.parametrize("line", [line for line in TABLE.read_text().splitlines() if line[0] != "#"])
+def test_the_table_that_the_shim_is_held_to(line: str) -> None:
+    text, _, meaning = line[1:].rpartition('" ')
+    text = text.replace("\\t", "\t")
+    if meaning == "refused":
+        with pytest.raises(SizeError):
+            parse_size(text)
+    else:
+        size = parse_size(text)
+        assert f"{size.kind} {size.value}" == meaning
+        assert parse_size(size.for_shim()) == size
 
 
 def test_percent_and_all() -> None:
@@ -91,7 +110,7 @@ def test_refused(text: str, hint: str) -> None:
 
 
 def test_what_the_shim_is_told() -> None:
-    assert [parse_size(text).for_shim() for text in ("1G", "50%", "all", "0")] == ["1073741824", "50%", "all", "0"]
+    assert [parse_size(text).for_shim() for text in ("1G", "50%", "all", "0")] == ["1073741824B", "50%", "all", "0B"]
 
 
 @pytest.mark.parametrize(
