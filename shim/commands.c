@@ -224,6 +224,8 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	add_size(o, "foreign", s->foreign);
 	add_string(o, "state", locker_state_name(s->state));
 	add_size(o, "ram", s->ram);
+	if (s->left_out)
+		add_size(o, "left-out", s->left_out);
 	add_string(o, "order", order_name(s->wish.order));
 	add_bool(o, "prefault", s->wish.prefault);
 	add_size(o, "hold-budget", s->wish.hold_budget_us);

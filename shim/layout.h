@@ -33,6 +33,8 @@ struct ram_layout {
 	struct ram_block v[RAM_BLOCKS_MAX]; /* ascending by host address */
 	size_t n;
 	uint64_t total; /* bytes in all of them: guest RAM */
+	uint64_t left_out; /* bytes of plugged virtio-mem that are not to be locked now */
+	bool private; /* there is RAM that the host cannot read, and that cannot be locked */
 };
 
 /* As in the protocol's "backing". */

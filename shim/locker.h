@@ -151,6 +151,9 @@ void locker_give(struct locker *l, struct books *books, struct wish *wish);
  */
 int locker_adopt(struct locker *l, const struct books *books, const struct wish *wish);
 
+/* Whether something of @r may be locked by us. */
+bool locker_holds(struct locker *l, struct range r);
+
 /* Whether there is a guarantee above 0. */
 bool locker_has_guarantee(struct locker *l);
 
@@ -175,6 +178,7 @@ struct locker_status {
 	enum shortage shortage;
 	char short_text[SHORT_TEXT];
 	uint64_t requested, locked, armed, foreign, ram;
+	uint64_t left_out; /* as in struct ram_layout */
 	struct locker_block blocks[RAM_BLOCKS_MAX];
 	size_t n_blocks;
 	uint64_t step_max_us, step_p99_us, rate, eta_s, extents;

@@ -12,6 +12,9 @@
  */
 #include "qemu.h"
 
+#include "backends.h"
+#include "virtio_mem.h"
+
 #include <dlfcn.h>
 #include <errno.h>
 #include <limits.h>
@@ -25,8 +28,6 @@
 
 typedef struct AioContext AioContext;
 typedef struct RAMBlock RAMBlock;
-typedef struct Object Object;
-typedef struct MemoryRegion MemoryRegion;
 
 static struct {
 	AioContext *(*qemu_get_aio_context)(void);
@@ -42,15 +43,6 @@ static struct {
 	unsigned long (*qemu_ram_get_used_length)(RAMBlock *); /* ram_addr_t */
 	size_t (*qemu_ram_pagesize)(RAMBlock *);
 	int (*qemu_ram_get_fd)(RAMBlock *); /* from 6.1 */
-	Object *(*object_get_objects_root)(void);
-	int (*object_child_foreach)(Object *, int (*)(Object *, void *), void *);
-	Object *(*object_dynamic_cast)(Object *, const char *);
-	_Bool (*object_property_get_bool)(Object *, const char *, void **);
-	void (*error_free)(void *);
-	_Bool (*host_memory_backend_is_mapped)(Object *);
-	MemoryRegion *(*host_memory_backend_get_memory)(Object *);
-	void *(*memory_region_get_ram_ptr)(MemoryRegion *);
-	void *(*memory_region_get_ram_discard_manager)(MemoryRegion *); /* from 6.1 */
 	uint64_t (*get_plugged_memory_size)(void); /* of DIMMs and their like */
 	void (*ram_block_notifier_add)(void *);
 	_Bool (*qemu_ram_is_shared)(RAMBlock *);
@@ -130,21 +122,14 @@ void qemu_init(struct qemu *q)
 	LOOK_UP(qemu_ram_get_used_length);
 	LOOK_UP(qemu_ram_pagesize);
 	LOOK_UP(qemu_ram_get_fd);
-	LOOK_UP(object_get_objects_root);
-	LOOK_UP(object_child_foreach);
-	LOOK_UP(object_dynamic_cast);
-	LOOK_UP(object_property_get_bool);
-	LOOK_UP(error_free);
-	LOOK_UP(host_memory_backend_is_mapped);
-	LOOK_UP(host_memory_backend_get_memory);
-	LOOK_UP(memory_region_get_ram_ptr);
-	LOOK_UP(memory_region_get_ram_discard_manager);
 	LOOK_UP(get_plugged_memory_size);
 	LOOK_UP(ram_block_notifier_add);
 	LOOK_UP(qemu_ram_is_shared);
 	LOOK_UP(runstate_check);
 	LOOK_UP(migrate_postcopy_ram);
 	LOOK_UP(migration_in_incoming_postcopy);
+
+	backends_init();
 
 	/* qemu-img and its sisters export stubs of most of the above, but only an emulator has the list of RAM. */
 	q->symbols = dlsym(RTLD_DEFAULT, "ram_list") && sym.qemu_get_aio_context &&
@@ -199,58 +184,6 @@ bool qemu_is_postcopy_target(void)
 		sym.migrate_postcopy_ram());
 }
 
-/* The host addresses of the memory backends that the guest uses as main memory. */
-struct backends {
-	const void *host[RAM_BLOCKS_MAX];
-	bool mergeable[RAM_BLOCKS_MAX];
-	size_t n;
-	bool spare; /* there is one that is not plugged in */
-};
-
-/* Whether QEMU has asked for the pages of a backend to be merged by KSM. */
-static bool asks_for_merging(Object *backend)
-{
-	void *error = NULL;
-	bool merge;
-
-	if (!sym.object_property_get_bool || !sym.error_free)
-		return false;
-	merge = sym.object_property_get_bool(backend, "merge", &error);
-	if (error)
-		sym.error_free(error);
-	return merge && !error;
-}
-
-static int add_backend(Object *child, void *opaque)
-{
-	struct backends *b = opaque;
-	MemoryRegion *mr;
-
-	if (b->n == RAM_BLOCKS_MAX || !sym.object_dynamic_cast(child, "memory-backend"))
-		return 0;
-	if (!sym.host_memory_backend_is_mapped(child)) {
-		b->spare = true;
-		return 0;
-	}
-	mr = sym.host_memory_backend_get_memory(child);
-	/* virtio-mem: only the plugged part is the guest's, and populating the rest would take memory from the host. */
-	if (!mr ||
-	    (sym.memory_region_get_ram_discard_manager && sym.memory_region_get_ram_discard_manager(mr)))
-		return 0;
-	b->mergeable[b->n] = asks_for_merging(child);
-	b->host[b->n++] = sym.memory_region_get_ram_ptr(mr);
-	return 0;
-}
-
-static void find_backends(struct backends *b)
-{
-	b->n = 0;
-	b->spare = false;
-	if (sym.object_get_objects_root && sym.object_child_foreach && sym.object_dynamic_cast &&
-	    sym.host_memory_backend_is_mapped && sym.host_memory_backend_get_memory && sym.memory_region_get_ram_ptr)
-		sym.object_child_foreach(sym.object_get_objects_root(), add_backend, b);
-}
-
 /*
  * Before 5.1 machine RAM was no backend, but boards named its block "pc.ram", "mach-virt.ram" and so on. Video RAM is
  * "vga.vram", and devices' blocks have a path ("0000:00:02.0/vga.vram", "/rom@etc/acpi/tables").
@@ -286,41 +219,72 @@ struct walk {
 	struct backends backends;
 	struct ram_layout *layout;
 	struct ram_layout before; /* the last listing */
+	struct qemu_outlook *outlook;
 	int err;
 };
 
-static int add_block(RAMBlock *rb, void *opaque)
+/* Appends [host.start, host.end) of @rb to the layout; @e is its backend, if any. Returns nonzero when there is no room. */
+static int append(struct walk *w, RAMBlock *rb, const struct backend *e, struct range host)
 {
-	struct walk *w = opaque;
 	const char *id = sym.qemu_ram_get_idstr(rb);
-	const char *host = sym.qemu_ram_get_host_addr(rb);
-	uint64_t size = sym.qemu_ram_get_used_length(rb);
-	bool guest_ram = named_like_machine_ram(id), mergeable = false;
 	const struct ram_block *known;
 	struct ram_block *b;
 
-	for (size_t i = 0; i < w->backends.n; i++)
-		if (w->backends.host[i] == host) {
-			guest_ram = true;
-			mergeable = w->backends.mergeable[i];
-		}
-	if (!guest_ram || !host || !size)
-		return 0;
 	if (w->layout->n == RAM_BLOCKS_MAX) {
 		w->err = -E2BIG;
 		return 1;
 	}
 	b = &w->layout->v[w->layout->n++];
 	snprintf(b->id, sizeof(b->id), "%s", id);
-	b->host = (struct range){ (uint64_t)(uintptr_t)host, (uint64_t)(uintptr_t)host + size };
+	b->host = host;
 	b->page_size = sym.qemu_ram_pagesize(rb);
 	b->shared = sym.qemu_ram_is_shared && sym.qemu_ram_is_shared(rb);
-	b->mergeable = mergeable;
-	known = layout_find(&w->before, b->host);
+	b->mergeable = e && e->mergeable;
+	known = layout_find(&w->before, (struct range){ host.start, host.start + 1 });
 	/* Asking a file system may take long when it is a remote one: once for each block is enough. */
-	b->backing = known && known->host.start == b->host.start && !strcmp(known->id, b->id) ?
-			     known->backing :
-			     find_backing(rb, b->page_size);
+	b->backing = known && !strcmp(known->id, b->id) ? known->backing : find_backing(rb, b->page_size);
+	return 0;
+}
+
+/* Appends the plugged parts of a virtio-mem device, if they may be locked. */
+static int append_plugged(struct walk *w, RAMBlock *rb, const struct backend *e)
+{
+	struct qemu_outlook *o = w->outlook;
+	uint64_t start = (uint64_t)(uintptr_t)e->host;
+	static struct plugged parts;
+	void *others[RAM_BLOCKS_MAX];
+	bool may_lock = false;
+	int err = 0;
+
+	for (size_t i = 0; i < w->backends.n; i++)
+		others[i] = w->backends.v[i].mr;
+	if (virtio_mem_list(e->device, e->mr, others, w->backends.n, &parts, &may_lock))
+		return 0;
+	w->layout->left_out += may_lock ? parts.left_out : parts.total;
+	if (!may_lock && o->n_wanted < sizeof(o->wanted) / sizeof(o->wanted[0])) {
+		o->wanted[o->n_wanted].device = e->device;
+		o->wanted[o->n_wanted++].host = (struct range){ start, start + sym.qemu_ram_get_used_length(rb) };
+	}
+	for (size_t i = 0; may_lock && i < parts.n && !err; i++)
+		err = append(w, rb, e, (struct range){ start + parts.v[i].start, start + parts.v[i].end });
+	return err;
+}
+
+static int add_block(RAMBlock *rb, void *opaque)
+{
+	struct walk *w = opaque;
+	const char *host = sym.qemu_ram_get_host_addr(rb);
+	uint64_t start = (uint64_t)(uintptr_t)host, size = sym.qemu_ram_get_used_length(rb);
+	const struct backend *e = backends_at(&w->backends, host);
+
+	if (!host || !size)
+		return 0;
+	if (e && e->use == BACKEND_VIRTIO_MEM)
+		return append_plugged(w, rb, e);
+	if (e && e->use == BACKEND_PRIVATE)
+		w->layout->private = true;
+	if (e ? e->use == BACKEND_MAIN : named_like_machine_ram(sym.qemu_ram_get_idstr(rb)))
+		return append(w, rb, e, (struct range){ start, start + size });
 	return 0;
 }
 
@@ -329,15 +293,26 @@ int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook)
 	static struct walk w; /* too large for QEMU's stack; bottom halves never run in parallel */
 
 	l->n = 0;
+	l->left_out = 0;
+	l->private = false;
 	w.layout = l;
+	w.outlook = outlook;
 	w.err = 0;
-	find_backends(&w.backends);
+	outlook->n_wanted = 0;
+	backends_find(&w.backends);
 	sym.qemu_ram_foreach_block(add_block, &w);
 	layout_finish(l);
 	w.before = *l;
 	outlook->may_grow = w.backends.spare;
-	outlook->may_shrink = sym.get_plugged_memory_size ? sym.get_plugged_memory_size() : w.backends.n > 1;
+	outlook->may_change = sym.get_plugged_memory_size ? sym.get_plugged_memory_size() : w.backends.n > 1;
+	for (size_t i = 0; i < w.backends.n; i++)
+		outlook->may_change |= w.backends.v[i].use == BACKEND_VIRTIO_MEM;
 	return w.err;
+}
+
+void qemu_let_go(void *device)
+{
+	virtio_mem_nudge(device);
 }
 
 static struct range host_range(void *host, size_t size)

@@ -49,11 +49,20 @@ bool qemu_is_postcopy_target(void);
 /* What may become of guest RAM without that QEMU tells. */
 struct qemu_outlook {
 	bool may_grow; /* there is a memory backend that is not plugged in */
-	bool may_shrink; /* there is one that can be unplugged */
+	bool may_change; /* there is one that can be unplugged, or virtio-mem */
+	/* virtio-mem whose guest wants to give some back, which it can when it is not locked. */
+	struct {
+		void *device;
+		struct range host;
+	} wanted[16];
+	size_t n_wanted;
 };
 
 /* Bottom half only: lists guest RAM. Returns 0, or -E2BIG when there are too many blocks. */
 int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook);
+
+/* Bottom half only: nothing of @device, one of those wanted, is locked any more. */
+void qemu_let_go(void *device);
 
 /* Bottom half only, once: tells @w about every change of RAM from now on. Returns false when this QEMU cannot. */
 bool qemu_watch(const struct qemu_watcher *w);

@@ -70,7 +70,7 @@ static struct shim {
 	atomic_bool dirty; /* guest RAM should be looked at again */
 	atomic_bool scheduled; /* a bottom half that looks is on its way */
 	atomic_bool known; /* guest RAM was listed */
-	atomic_bool may_shrink; /* ... and may become less without a word */
+	atomic_bool may_change; /* ... and may become less, or more, without a word */
 	pthread_mutex_t looking; /* with `looked`: for waiting until a look has ended */
 	pthread_cond_t looked;
 	unsigned int forks; /* since enter() */
@@ -195,7 +195,12 @@ static void look(void *opaque)
 		/* QEMU tells neither of the end of a migration nor of a DIMM that is plugged or unplugged: look again, by and by. */
 		if (postcopy || (outlook.may_grow && locker_wants_more(&s->locker)))
 			atomic_store(&s->dirty, true);
-		atomic_store(&s->may_shrink, outlook.may_shrink);
+		for (size_t i = 0; i < outlook.n_wanted; i++)
+			if (locker_holds(&s->locker, outlook.wanted[i].host))
+				atomic_store(&s->dirty, true);
+			else
+				qemu_let_go(outlook.wanted[i].device);
+		atomic_store(&s->may_change, outlook.may_change);
 	}
 	pthread_mutex_lock(&s->looking);
 	atomic_store(&s->scheduled, false);
@@ -260,7 +265,7 @@ static int push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT])
 		if (!atomic_load(&s->known))
 			launch_guarantee(s, s->pushed.layout.total);
 		locker_set_layout(&s->locker, &s->pushed.layout);
-		atomic_store(&s->may_shrink, s->pushed.layout.n > 1); /* one block is machine RAM, which stays */
+		atomic_store(&s->may_change, s->pushed.layout.n > 1); /* one block is machine RAM, which stays */
 		atomic_store(&s->known, true);
 	}
 	pthread_mutex_unlock(&s->pushed.mutex);
@@ -314,7 +319,7 @@ static int look_now_and_then(struct shim *s, void (*look_again)(struct shim *s))
 {
 	int64_t now = now_ms();
 
-	if (!atomic_load(&s->may_shrink) || !locker_has_guarantee(&s->locker)) {
+	if (!atomic_load(&s->may_change) || !locker_has_guarantee(&s->locker)) {
 		s->look_at_ms = 0;
 		return -1;
 	}
@@ -479,7 +484,7 @@ static int start(struct shim *s)
 	atomic_store(&s->dirty, false);
 	atomic_store(&s->scheduled, false);
 	atomic_store(&s->known, false);
-	atomic_store(&s->may_shrink, false);
+	atomic_store(&s->may_change, false);
 	locker_init(&s->locker, locker_news, s);
 	s->locker.look = before_plan;
 	s->locker.refresh = look_and_wait;

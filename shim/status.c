@@ -32,6 +32,7 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 	memcpy(s->short_text, l->short_text, sizeof(s->short_text));
 	s->requested = l->wish.all ? l->layout.total : l->wish.lock_ram_size;
 	s->ram = l->layout.total;
+	s->left_out = l->layout.left_out;
 	s->armed = l->books.held.total;
 	s->extents = l->books.held.n;
 	s->n_blocks = l->layout.n;

@@ -35,7 +35,9 @@ static int check_wish(const struct locker *l, const struct wish *w, uint64_t lim
 		return -EAGAIN;
 	}
 	if (!l->layout.total) {
-		snprintf(text, SHORT_TEXT, "this VM has no guest RAM");
+		snprintf(text, SHORT_TEXT, l->layout.private ?
+					   "the RAM of this VM is private to the guest (guest_memfd), and cannot be locked" :
+					   "this VM has no guest RAM");
 		return -ENODEV;
 	}
 	if (want > l->layout.total) {
@@ -142,6 +144,8 @@ void locker_set_layout(struct locker *l, const struct ram_layout *layout)
 		l->layout_generation++;
 		expect_work(l);
 	}
+	l->layout.left_out = layout->left_out;
+	l->layout.private = layout->private;
 	pthread_mutex_unlock(&l->mutex);
 }
 
@@ -192,6 +196,16 @@ bool locker_wants_more(struct locker *l)
 	more = l->wish.all || l->wish.lock_ram_size > l->layout.total;
 	pthread_mutex_unlock(&l->mutex);
 	return more;
+}
+
+bool locker_holds(struct locker *l, struct range r)
+{
+	bool yes;
+
+	pthread_mutex_lock(&l->mutex);
+	yes = extents_overlap(&l->books.held, r) || extents_overlap(&l->books.gone, r) || overlap(l->in_flight, r);
+	pthread_mutex_unlock(&l->mutex);
+	return yes;
 }
 
 bool locker_has_guarantee(struct locker *l)

@@ -231,3 +231,88 @@ def test_an_unplugged_dimm_is_locked_elsewhere() -> None:
         wait_locked(guest, machine, backend_range(guest, ABOVE, 32 * MIB))
         shim.wait_event("RAM_MINGUARANTEE_REACHED", timeout=60)
         guest.check_unharmed()
+
+
+# ---- What is main memory, and what is not ----
+
+
+def test_other_backends_are_not_main_memory() -> None:
+    """NVDIMMs, memory shared between VMs, and backends that nobody uses are never locked, whatever their names."""
+    more = [
+        *("-machine", "pc,nvdimm=on"),
+        *("-object", "memory-backend-ram,id=x.ram,size=32M", "-device", "nvdimm,id=n,memdev=x.ram"),
+        *("-object", "memory-backend-memfd,id=s,size=16M,share=on", "-device", "ivshmem-plain,memdev=s"),
+        *("-object", "memory-backend-ram,id=d,size=64M", "-device", "pc-dimm,id=d0,memdev=d"),
+        *("-object", "memory-backend-ram,id=unused,size=16M"),
+    ]
+    with Guest(memory=0, args=with_slots(64 * MIB, *more), ramlock=["--guarantee", "all"]) as guest:
+        reply = guest.settle()
+        assert {entry["id"]: entry["size"] for entry in reply["blocks"]} == {"pc.ram": 64 * MIB, "d": 64 * MIB}
+        assert {"x.ram", "s"} <= {name.rsplit("/", 1)[-1] for name in guest.blocks()}
+        assert truth.locked(guest.pid).vm_lck == reply["locked"] == 128 * MIB
+
+
+# ---- virtio-mem ----
+
+BACKENDS = ["memory-backend-ram,id=m0,size=512M", "memory-backend-memfd,id=m1,size=512M,share=on"]
+
+
+def plugged(guest: Guest) -> list[int]:
+    """What each device has plugged, in bytes."""
+    return [
+        guest.monitor.execute("qom-get", {"path": f"/machine/peripheral/v{i}", "property": "size"})
+        for i in range(len(BACKENDS))
+    ]
+
+
+def request(guest: Guest, size: int) -> None:
+    """Asks the guest to have so much of each device."""
+    for i in range(len(BACKENDS)):
+        value = {"path": f"/machine/peripheral/v{i}", "property": "requested-size", "value": size}
+        guest.monitor.execute("qom-set", value)
+
+
+def wait_vm_lck(guest: Guest, size: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while truth.vm_lck(guest.pid) != size:
+        assert time.monotonic() < deadline, (size, truth.locked(guest.pid), plugged(guest), guest.said())
+        time.sleep(0.05)
+
+
+def test_virtio_mem_that_grows_and_shrinks() -> None:
+    """What is plugged is locked by itself, and let go of when the guest wants to give it back or starts anew."""
+    args = with_slots(256 * MIB)
+    for i, backend in enumerate(BACKENDS):
+        args += ["-object", backend, "-device", f"virtio-mem-pci,id=v{i},memdev=m{i},requested-size=0"]
+    modules = "modules=virtio_pci,virtio_mem memhp_default_state=online_movable"
+    with Guest(boot=True, memory=0, args=args, append=modules, ramlock=["--guarantee", "all"]) as guest:
+        wait_vm_lck(guest, 256 * MIB)
+        request(guest, 256 * MIB)
+        wait_vm_lck(guest, 768 * MIB)
+        assert plugged(guest) == [256 * MIB, 256 * MIB]
+        reply = guest.query()
+        for i in range(len(BACKENDS)):
+            parts = [entry for entry in reply["blocks"] if entry["id"].endswith(f"/m{i}")]
+            assert sum(entry["size"] for entry in parts) == 256 * MIB
+        held = truth.locked(guest.pid)
+        assert held.resident == held.span == 768 * MIB == reply["locked"] == reply["ram"]
+        guest.agent.ask(f"touch {64 * MIB}")
+        # Less is asked for than is plugged: all of it is unlocked, and what the guest keeps is locked again.
+        request(guest, 128 * MIB)
+        wait_vm_lck(guest, 512 * MIB)
+        assert plugged(guest) == [128 * MIB, 128 * MIB]
+        assert guest.agent.ask("verify") == str(64 * MIB)
+        # A guest that starts anew unplugs everything first, and can.
+        memory = guest.agent.ask("memory")
+        guest.monitor.execute("set-action", {"reboot": "reset"})
+        guest.monitor.execute("system_reset")
+        assert guest.agent.answer() == "ready"
+        deadline = time.monotonic() + 60
+        while guest.agent.ask("memory") != memory:
+            assert time.monotonic() < deadline, guest.said()
+            time.sleep(0.2)
+        wait_vm_lck(guest, 512 * MIB)
+        assert plugged(guest) == [128 * MIB, 128 * MIB]
+        guest.guarantee(0)
+        assert truth.vm_lck(guest.pid) == 0
+        guest.check_unharmed()
