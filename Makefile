@@ -92,7 +92,7 @@ linted: lint-shim
 	@$(VENV)/bin/ruff check $(PYTHON_CODE)
 	@$(VENV)/bin/ruff format --check $(PYTHON_CODE)
 	@$(VENV)/bin/mypy --strict injector/ramlock
-	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/qemu examples benchmarks
+	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/test_kernel_facts.py tests/qemu examples benchmarks
 
 .PHONY: bench
 bench: ## Measure how long QEMU is silent while memory is locked or the shim is injected, against the usual ways
@@ -100,6 +100,25 @@ bench: ## Measure how long QEMU is silent while memory is locked or the shim is 
 	@+$(AGAIN) ready
 	@$(PYTHON_BIN) benchmarks/silence.py
 	@$(PYTHON_BIN) benchmarks/inject.py
+
+# The programs of docs/kernel-facts: exit 0 the fact holds, 1 it does not, 77 it cannot be asked here.
+FACTS := $(patsubst docs/kernel-facts/%.c,build/kernel-facts/%,$(wildcard docs/kernel-facts/*.c))
+
+.PHONY: facts
+facts: ## Run the programs that show what the engine relies on in the kernel (docs/kernel-facts)
+	@.ci/deps build
+	@+$(AGAIN) facts-built
+	@failed=0; for fact in $(FACTS); do \
+		echo "$${fact##*/}"; $$fact || case $$? in 77) ;; *) failed=1 ;; esac; \
+	done; exit $$failed
+
+.PHONY: facts-built
+facts-built: $(FACTS)
+	@:
+
+build/kernel-facts/%: docs/kernel-facts/%.c docs/kernel-facts/fact.h docs/kernel-facts/group.h Makefile
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -D_GNU_SOURCE -O1 -g $(SHIM_WARNINGS) $(CFLAGS) -pthread -o $@ $<
 
 DURATION ?= 60
 .PHONY: stress

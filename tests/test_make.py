@@ -26,7 +26,20 @@ def make(*words: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
 
 def test_help_explains_every_target() -> None:
     said = make("help").stdout
-    for target in ("all", "bench", "clean", "demo", "deps", "distclean", "guest", "install", "lint", "shim", "stress"):
+    for target in (
+        "all",
+        "bench",
+        "clean",
+        "demo",
+        "deps",
+        "distclean",
+        "facts",
+        "guest",
+        "install",
+        "lint",
+        "shim",
+        "stress",
+    ):
         assert re.search(rf"^  {target} +\S", said, re.MULTILINE), target
     assert re.search(r"^  test +\S", said, re.MULTILINE)
 
