@@ -122,11 +122,12 @@ build/kernel-facts/%: docs/kernel-facts/%.c docs/kernel-facts/fact.h docs/kernel
 
 DURATION ?= 60
 .PHONY: stress
-stress: ## Retarget a writing guest for DURATION seconds; 1,000 injections in a storm, 500 kills, 200 rounds
+stress: ## Retarget a writing guest for DURATION seconds, 3,000 times under pressure; 1,000 injections in a storm, 500 kills
 	@.ci/deps test
 	@+$(AGAIN) ready
 	@RAMLOCK_STRESS_SECONDS=$(DURATION) RAMLOCK_STRESS_INJECTIONS=1000 RAMLOCK_STRESS_KILLS=500 \
-		RAMLOCK_STRESS_ROUNDS=200 RAMLOCK_TEST_DEADLINE=3600 $(PYTHON_BIN) -m pytest -rP tests/qemu/test_retarget.py \
+		RAMLOCK_STRESS_ROUNDS=200 RAMLOCK_STRESS_CHANGES=3000 RAMLOCK_TEST_DEADLINE=3600 \
+		$(PYTHON_BIN) -m pytest -rP tests/qemu/test_concurrency.py tests/qemu/test_retarget.py \
 		tests/victim/test_storm.py tests/qemu/test_inject.py tests/qemu/test_targets.py $(ARGS)
 
 # The package and what it needs go into a folder of their own, so that no system Python is touched.

@@ -3,7 +3,7 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Theory of operation: single-threaded but for `clockgap`. A line comes in, one line goes out: "ok ..." or
+ * Theory of operation: single-threaded but for `clockgap`, `patrol` and `feel`. A line comes in, one line goes out: "ok ..." or
  * "error ...". The pattern that `touch` writes tells page from page and round from round, so that a page that
  * was lost (zero), swapped with another or left old is seen by `verify`.
  */
@@ -187,6 +187,76 @@ static void do_clockgap(struct agent *c, const char *arg)
 	reply(c, "ok %.6f", longest);
 }
 
+/* One thread of `patrol`: every n-th page is its own. */
+struct guard {
+	pthread_t thread;
+	unsigned char *mem;
+	size_t size, first, step;
+	_Atomic uint64_t rounds, wrong, where;
+};
+
+static struct guard guards[MAX_CPUS];
+static long n_guards;
+
+/* Verifies what was written in the round before, and writes the next, for ever. */
+static void *guard_main(void *opaque)
+{
+	struct guard *g = opaque;
+
+	for (uint64_t round = 0;; round++) {
+		for (size_t page = g->first; page < g->size; page += g->step)
+			for (size_t i = page; i < page + PAGE; i += STRIDE) {
+				volatile uint64_t *word = (volatile uint64_t *)(g->mem + i);
+
+				if (round && *word != pattern(i, round)) {
+					g->where = i;
+					g->wrong++;
+				}
+				*word = pattern(i, round + 1);
+			}
+		g->rounds++;
+	}
+	return NULL;
+}
+
+/* Sets a thread for each CPU to verify and rewrite so many bytes until the end of the guest. */
+static void do_patrol(struct agent *c, const char *arg)
+{
+	size_t size = strtoull(arg, NULL, 0) & ~(PAGE - 1);
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	unsigned char *mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (mem == MAP_FAILED || n_guards) {
+		reply(c, "error patrol: %s", n_guards ? "on its way already" : strerror(errno));
+		return;
+	}
+	if (cpus > MAX_CPUS)
+		cpus = MAX_CPUS;
+	for (; n_guards < cpus; n_guards++) {
+		struct guard *g = &guards[n_guards];
+
+		*g = (struct guard){ .mem = mem, .size = size, .first = (size_t)n_guards * PAGE, .step = (size_t)cpus * PAGE };
+		if (pthread_create(&g->thread, NULL, guard_main, g))
+			break;
+	}
+	reply(c, n_guards == cpus ? "ok %ld" : "error patrol: only %ld threads", n_guards);
+}
+
+/* Rounds of the slowest thread of `patrol`, words that were wrong, and the offset of one of these. */
+static void do_report(struct agent *c)
+{
+	uint64_t rounds = UINT64_MAX, wrong = 0, where = 0;
+
+	for (long i = 0; i < n_guards; i++) {
+		if (guards[i].rounds < rounds)
+			rounds = guards[i].rounds;
+		wrong += guards[i].wrong;
+		if (guards[i].wrong)
+			where = guards[i].where;
+	}
+	reply(c, "ok %" PRIu64 " %" PRIu64 " %" PRIu64, n_guards ? rounds : 0, wrong, where);
+}
+
 static void run(struct agent *c, char *line)
 {
 	const char *verb = strtok(line, " \t\r\n");
@@ -215,6 +285,10 @@ static void run(struct agent *c, char *line)
 		reply(c, "ok 0");
 	} else if (!strcmp(verb, "clockgap"))
 		do_clockgap(c, arg);
+	else if (!strcmp(verb, "patrol"))
+		do_patrol(c, arg);
+	else if (!strcmp(verb, "report"))
+		do_report(c);
 	else if (!strcmp(verb, "poweroff")) {
 		reply(c, "ok bye");
 		tcdrain(fileno(c->out));
