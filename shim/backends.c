@@ -103,6 +103,8 @@ static int judge_device(Object *device, void *opaque)
 	static const char *const links[] = { "memdev", "volatile-memdev", "persistent-memdev", "lsa" };
 	struct backends *b = opaque;
 
+	if (!sym.object_dynamic_cast(device, "device")) /* most are memory regions */
+		return 0;
 	if (sym.object_dynamic_cast(device, "pc-dimm") && !sym.object_dynamic_cast(device, "nvdimm"))
 		return 0;
 	for (size_t i = 0; i < sizeof(links) / sizeof(links[0]); i++) {

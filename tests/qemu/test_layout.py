@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Need
+from tests.conftest import Need, absent
 from tests.qemu import truth
-from tests.qemu.conftest import assert_holds
+from tests.qemu.conftest import Setting, assert_holds
 from tests.qemu.guest import GIB, MIB, Guest
 from tests.qemu.monitor import MonitorError
 
@@ -231,6 +232,59 @@ def test_an_unplugged_dimm_is_locked_elsewhere() -> None:
         wait_locked(guest, machine, backend_range(guest, ABOVE, 32 * MIB))
         shim.wait_event("RAM_MINGUARANTEE_REACHED", timeout=60)
         guest.check_unharmed()
+
+
+# ---- Huge pages of hugetlbfs: always locked once there, and never in VmLck ----
+
+
+def hugetlb_resident(guest: Guest) -> int:
+    """Bytes of huge pages that the process has, by the kernel's word."""
+    lines = Path(f"/proc/{guest.pid}/smaps").read_text().splitlines()
+    fields = [line.split() for line in lines if line.startswith(("Shared_Hugetlb:", "Private_Hugetlb:"))]
+    return sum(int(words[1]) * 1024 for words in fields)
+
+
+@pytest.fixture
+def huge_pages(root: None, setting: Setting) -> None:
+    """64 free huge pages of 2 MiB; skips where the machine has none."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+    if not pool.exists():
+        absent("this kernel has no huge pages of 2 MiB")
+    setting(str(pool / "nr_hugepages"), str(int((pool / "nr_hugepages").read_text()) + 64))
+    if int((pool / "free_hugepages").read_text()) < 64:
+        absent("there is no room for 64 huge pages of 2 MiB")
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_huge_pages_count_by_their_own_evidence(need: Need) -> None:
+    need(MICROVM, "qemu-system-x86")
+    backend = "memory-backend-memfd,id=m,size=64M,share=on,hugetlb=on,hugetlbsize=2M,prealloc=off"
+    args = ["-m", "64M", "-object", backend]
+    with Guest(memory=0, machine="pc,memory-backend=m", args=args) as guest:
+        guest.settle()
+        before = hugetlb_resident(guest)
+        assert before < 64 * MIB
+        reply = guest.guarantee(before + 16 * MIB)
+        assert before + 16 * MIB <= reply["locked"] <= hugetlb_resident(guest)
+        assert [(entry["backing"], entry["page-size"]) for entry in reply["blocks"]] == [("hugetlb", 2 * MIB)]
+        assert truth.vm_lck(guest.pid) == 0
+        # Armed is not there yet; what the guest has of it counts.
+        guest.guarantee(0)
+        reply = guest.guarantee(64 * MIB, prefault=False)
+        assert (reply["armed"], reply["locked"]) == (64 * MIB, hugetlb_resident(guest))
+        reply = guest.guarantee(64 * MIB, prefault=True)
+        assert reply["locked"] == hugetlb_resident(guest) == 64 * MIB
+        assert truth.vm_lck(guest.pid) == 0
+    # Told from outside: the page size is the file system's.
+    with Guest(qemu=MICROVM, accel="qtest", memory=0, machine="microvm,memory-backend=m", args=args) as guest:
+        host = host_of(guest, 0)
+        with guest.shim() as shim, pytest.raises(MonitorError, match=r"\[maps\] .* another backing"):
+            shim.execute("set-ram-blocks", {"blocks": [block("m", host, 64 * MIB, "memfd")]})
+        with guest.shim() as shim, pytest.raises(MonitorError, match=r"\[maps\] .* another page size"):
+            shim.execute("set-ram-blocks", {"blocks": [block("m", host, 64 * MIB, "hugetlb")]})
+        push(guest, block("m", host, 64 * MIB, "hugetlb", 2 * MIB))
+        reply = guest.guarantee(32 * MIB)
+        assert reply["locked"] == hugetlb_resident(guest) == 32 * MIB
 
 
 # ---- What is main memory, and what is not ----
