@@ -141,7 +141,7 @@ install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
 	@rm -rf '$(DESTDIR)$(LIB)/python' build/lib
 	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --root-user-action ignore \
 		--target '$(DESTDIR)$(LIB)/python' .
-	@rm -rf '$(DESTDIR)$(LIB)/python/bin'
+	@rm -rf '$(DESTDIR)$(LIB)/python/bin' '$(DESTDIR)$(LIB)'/python/ramlock-*.dist-info/direct_url.json
 	@ln -sf ../../ramlock.so '$(DESTDIR)$(LIB)/python/ramlock/ramlock.so'
 	@printf '%s\n' "#!$$($(PYTHON_BIN) -c 'import sys; print(sys._base_executable)')" '# The ramlock command.' \
 		'import sys' 'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.commands import main' 'sys.exit(main())' \

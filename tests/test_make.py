@@ -73,6 +73,11 @@ def test_install_for_packagers(tmp_path: Path) -> None:
     assert (tmp_path / "opt/ramlock/lib/ramlock/ramlock.so").is_file()
     launcher = (tmp_path / "opt/ramlock/bin/ramlock").read_text()
     assert str(tmp_path) not in launcher
+    # Nothing tells where it was built or put, so that it runs from PREFIX.
+    for file in (path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()):
+        content = file.read_bytes()
+        assert os.fsencode(ROOT) not in content, file
+        assert os.fsencode(tmp_path) not in content, file
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
