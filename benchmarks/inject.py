@@ -3,8 +3,8 @@
 
 Each round boots a VM, does nothing with it, injects, and lets gdb call dlopen(), one after another: a second injection
 into one VM would be shorter than the first, since the shim is mapped by then. The guest measures its own clock gaps
-meanwhile: gdb stops the vCPUs too, ramlock does not. What the monitor's silence says beyond noise is told by a spinner: a
-process that burns as much CPU time as the command did and touches nothing.
+meanwhile: gdb stops the vCPUs too, ramlock does not. What the monitor's silence says beyond noise is told by
+a spinner: a process that burns as much CPU time as the command did and touches nothing.
 """
 
 # SPDX-License-Identifier: GPL-2.0-or-later
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +30,6 @@ from tests.qemu.guest import RAMLOCK, Guest
 from tests.qemu.silence import Silence
 
 ROUNDS = 7
-PREFIX = sys.argv[1:]
 CLOCK_GAP_S = 1.5
 SPINNER = "as much CPU time, elsewhere"
 
@@ -89,7 +89,7 @@ def main() -> None:
             pid = guest.pid
 
             def inject(pid: int = pid) -> tuple[float, float]:
-                text, cpu = command(*PREFIX, RAMLOCK, "inject", "--pid", pid, "--json")
+                text, cpu = command(RAMLOCK, "inject", "--pid", pid, "--json")
                 return json.loads(text)["stopped-us"] / 1e3, cpu
 
             def gdb(pid: int = pid) -> tuple[None, float]:
@@ -99,7 +99,7 @@ def main() -> None:
             results["idle"].append(measure(guest, nothing))
             results["ramlock inject"].append(measure(guest, inject))
             spent = results["ramlock inject"][-1].cpu or 0
-            results[SPINNER].append(measure(guest, lambda spent=spent: spin(spent)))
+            results[SPINNER].append(measure(guest, partial(spin, spent)))
             results["gdb call dlopen"].append(measure(guest, gdb))
         print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
     show(results)
