@@ -239,6 +239,7 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 		json_object_array_add(blocks, block);
 	}
 	add(o, "blocks", blocks);
+	add_string(o, "source", c->symbols ? "qemu" : "controller");
 	add_size(o, "step-max-us", s->step_max_us);
 	add_size(o, "step-p99-us", s->step_p99_us);
 	add_size(o, "rate", s->rate);

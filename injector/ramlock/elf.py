@@ -8,21 +8,30 @@ ignores LD_PRELOAD, is said in getauxval(3) under AT_SECURE and in capabilities(
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from elftools.common.exceptions import ELFError
+from elftools.common.exceptions import DWARFError, ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.hash import GNUHashTable
 
+from ramlock.deadline import Deadline
 from ramlock.errors import CannotPreload
 
 # ld-linux-x86-64.so.2, ld-linux-aarch64.so.1, ld64.so.2 (ppc64le), ld.so.1: glibc's names on its architectures.
 _GLIBC_LOADER = re.compile(r"ld-linux[\w.-]*\.so\.\d+|ld64\.so\.\d+|ld\.so\.\d+|ld-\d[\d.]*\.so", re.ASCII)
 _MAX_INTERP = 4096
+_SHT_SYMTAB, _SHT_NOTE = 2, 7
+_SYMBOL = 24
+# Bounds of what is read of a file that may be made up.
+_SECTIONS_MOST, _TABLE_MOST, _NOTE_MOST, _PLACES_MOST, _HITS_MOST = 512, 64 << 20, 4096, 64, 4096
+_DWARF_MOST = 256 << 20
+# pyelftools answers a damaged file with whatever its parsers happen to stumble over.
+_STUMBLES = (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +68,7 @@ def read(path: Path, wanted: Iterable[str] = ()) -> Elf:
         raise CannotPreload(
             f"cannot read {path}: {error.strerror}", "ramlock has to read it to see what it is; check its mode"
         ) from None
-    # pyelftools answers a damaged file with whatever its parsers happen to stumble over.
-    except (ELFError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError):
+    except (ELFError, *_STUMBLES):
         raise CannotPreload(
             f"{path} is no valid ELF file, so nothing that this machine can run", "give the QEMU program itself"
         ) from None
@@ -168,3 +176,129 @@ def _has_file_capabilities(path: Path) -> bool:
         return bool(os.getxattr(path, "security.capability"))
     except OSError:
         return False
+
+
+class Table(NamedTuple):
+    """A symbol of .symtab: its address as the file has it, and its size in bytes."""
+
+    address: int
+    size: int
+
+
+def symbols(file: int, names: Iterable[str]) -> dict[str, Table]:
+    """Look symbols up in the .symtab of the open file, which may be a hostile one; none when it has no such table.
+
+    Names are looked for as bytes: QEMU has a hundred thousand symbols. Raises OSError, and ValueError when the file is
+    damaged.
+    """
+    try:
+        table, strings = _symtab(file)
+    except struct.error:
+        raise ValueError("no ELF file") from None
+    places: dict[int, str] = {}
+    for name in names:
+        word = name.encode() + b"\0"
+        at = strings.find(word)
+        while at >= 0 and len(places) < _PLACES_MOST:  # also at the end of a longer name, which the linker may share
+            places[at] = name
+            at = strings.find(word, at + 1)
+    found: dict[str, Table] = {}
+    for at, name in places.items():
+        wanted = struct.pack("<I", at)
+        index = table.find(wanted)
+        for _ in range(_HITS_MOST):
+            if index < 0:
+                break
+            if index % _SYMBOL == 0 and index + _SYMBOL <= len(table):
+                section, address, size = struct.unpack_from("<HQQ", table, index + 6)
+                if section:
+                    found.setdefault(name, Table(address, size))
+                    break
+            index = table.find(wanted, index + 1)
+    return found
+
+
+def notes(file: int) -> list[bytes]:
+    """Return the note sections of the open file, cut at 4 KiB. Raises OSError, and ValueError when it is damaged."""
+    try:
+        headers = _section_headers(file)
+    except struct.error:
+        raise ValueError("no ELF file") from None
+    return [os.pread(file, min(size, _NOTE_MOST), offset) for kind, offset, size, _link in headers if kind == _SHT_NOTE]
+
+
+def has_dwarf(file: IO[bytes]) -> bool:
+    """Whether the file has debug information in it."""
+    try:
+        return ELFFile(file).get_section_by_name(".debug_info") is not None
+    except (OSError, ELFError, *_STUMBLES):
+        return False
+
+
+def members(file: IO[bytes], struct_name: str, near: int | None, deadline: Deadline) -> dict[str, int]:
+    """Return the members of a C structure and their offsets in bytes, from DWARF; none when they are not found in time.
+
+    `near` is the address of a function whose compilation unit has the structure in full: QEMU has thousands of units.
+    """
+    try:
+        elf = ELFFile(file)
+        info = elf.get_section_by_name(".debug_info")
+        if info is None or info.data_size > _DWARF_MOST:
+            return {}
+        dwarf = elf.get_dwarf_info(relocate_dwarf_sections=False, follow_links=False)
+        offset = None
+        if near is not None and (aranges := dwarf.get_aranges()) is not None:
+            offset = aranges.cu_offset_at_addr(near)
+        units = dwarf.iter_CUs() if offset is None else iter((dwarf.get_CU_at(offset),))
+        for unit in units:
+            if deadline.expired:
+                break
+            if found := _members(unit, struct_name.encode(), deadline):
+                return found
+    except (OSError, ELFError, DWARFError, *_STUMBLES):
+        pass
+    return {}
+
+
+def _members(unit: Any, name: bytes, deadline: Deadline) -> dict[str, int]:
+    for die in unit.get_top_DIE().iter_children():
+        if deadline.expired:
+            break
+        attributes = die.attributes
+        if die.tag != "DW_TAG_structure_type" or "DW_AT_declaration" in attributes or "DW_AT_name" not in attributes:
+            continue
+        if attributes["DW_AT_name"].value == name:
+            return {
+                child.attributes["DW_AT_name"].value.decode(): child.attributes["DW_AT_data_member_location"].value
+                for child in die.iter_children()
+                if {"DW_AT_name", "DW_AT_data_member_location"} <= child.attributes.keys()
+                and isinstance(child.attributes["DW_AT_data_member_location"].value, int)
+            }
+    return {}
+
+
+def _section_headers(file: int) -> list[tuple[int, int, int, int]]:
+    """Type, offset, size and link of each section."""
+    header = os.pread(file, 64, 0)
+    if header[:6] != b"\x7fELF\x02\x01":
+        raise ValueError("no 64-bit ELF file")
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    entry, count = struct.unpack_from("<HH", header, 58)
+    if entry != 64 or count > _SECTIONS_MOST or offset >= 1 << 63:
+        raise ValueError("no section headers")
+    table = os.pread(file, entry * count, offset)
+    result = []
+    for index in range(len(table) // 64):
+        kind, place, size, link = struct.unpack_from("<4xI16xQQI", table, 64 * index)
+        if place >= 1 << 62 or size >= 1 << 62:
+            raise ValueError("sections beyond the file")
+        result.append((kind, place, size, link))
+    return result
+
+
+def _symtab(file: int) -> tuple[bytes, bytes]:
+    headers = _section_headers(file)
+    for kind, offset, size, link in headers:
+        if kind == _SHT_SYMTAB and link < len(headers) and size <= _TABLE_MOST and headers[link][2] <= _TABLE_MOST:
+            return os.pread(file, size, offset), os.pread(file, headers[link][2], headers[link][1])
+    return b"", b""

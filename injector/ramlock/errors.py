@@ -12,7 +12,8 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
      |    +-- CannotInject   4    ... this process cannot be given the shim
      |    +-- NeverParked    4    ... the main thread was never seen idle
      |    +-- AlreadyTraced  4    ... another tracer, such as a debugger, has the process
-     |    +-- GuestRamMismatch 4  ... guest RAM seen from outside is not what the shim sees
+     |    +-- NotLocated     4    ... where guest RAM is cannot be found out, or not for sure
+     |    +-- GuestRamMismatch 4  ... what two sources say about guest RAM is not the same
      +-- Short               5  set, but not all of it can be locked now
      +-- NotFound            6  no such VM, or no shim in it
      |    +-- VmGone         6    ... the VM ended while we worked with it
@@ -87,8 +88,12 @@ class AlreadyTraced(Refused):
         super().__init__(f"process {pid} is traced by {who} already", f"let it finish, or look: ps -p {tracer}")
 
 
+class NotLocated(Refused):
+    """Where guest RAM is cannot be found out, or only guessed: nothing is locked."""
+
+
 class GuestRamMismatch(Refused):
-    """Guest RAM as the shim sees it is not what was seen from outside: nothing is locked."""
+    """Guest RAM by one source is not what it is by another, such as the shim: nothing is locked."""
 
 
 class Short(RamlockError):

@@ -43,6 +43,9 @@ LAST_LOOK = 1.0
 """Seconds for one more query after the deadline, to say what was reached."""
 
 
+Tell = Callable[[], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What the user asked for; None leaves a setting as it is."""
@@ -78,12 +81,15 @@ def query(client: Client, deadline: Deadline | None = None) -> Guarantee:
     return reply.parse(client.execute("query-ram-minguarantee", deadline=deadline.within(ANSWER_TIME)))
 
 
-def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline, vouched: bool = False) -> Guarantee:
+def place(
+    client: Client, wish: Wish, *, pid: int | None, deadline: Deadline, vouched: bool = False, tell: Tell | None = None
+) -> Guarantee:
     """Set the guarantee of the VM whose QEMU is `pid`; return its state right after.
 
     `vouched` is whether the caller named that process: one that is only found behind a socket gets no higher limit
     unless it looks like QEMU.
 
+    Where the shim has to be told where guest RAM is, `tell` does so.
     Waits while guest RAM is not known yet. Raises Refused (LimitTooLow) and NoPermission when nothing was changed,
     NotOurs when such a process needs a higher limit, Superseded when someone else set another one in the same moment,
     TimedOut when it is set and nothing more is known,
@@ -91,7 +97,8 @@ def place(client: Client, wish: Wish, *, pid: int | None, deadline: Deadline, vo
     """
     started = deadline.within(START_TIME)
     while True:
-        before = _known(client, started)
+        before = _known(client, started, tell)
+        tell = None
         arguments = wish.arguments(before.ram)
         may_raise = _raise_limit(before, wish, pid, vouched)
         try:
@@ -180,14 +187,18 @@ def _wait_for_news(client: Client, now: Guarantee, until: Deadline, show: Callab
             show(held, requested)
 
 
-def _known(client: Client, deadline: Deadline) -> Guarantee:
+def _known(client: Client, deadline: Deadline, tell: Tell | None) -> Guarantee:
     """Query until guest RAM is known. Raises Refused when that does not come, NoAnswer when no answer does."""
-    while (now := query(client, deadline)).state is State.WAITING:
+    now = query(client, deadline)
+    if now.told and tell is not None:
+        tell()
+        now = query(client, deadline)
+    while now.state is State.WAITING:
         reason = now.why.reason if now.why else "starting"
         if reason == "no-symbols":
             raise Refused(
-                "this QEMU does not export its symbols, its guest RAM is not known; nothing was changed",
-                "use a QEMU that exports them, such as a distribution's build with modules",
+                "this QEMU does not export its symbols, and nobody has told the shim where its guest RAM is",
+                "run ramlock set or status with --pid, as root or as the user who started the VM",
             )
         # With nothing left for the next answer this one is the last.
         if deadline.remaining <= 2 * _START_POLL:
@@ -196,6 +207,7 @@ def _known(client: Client, deadline: Deadline) -> Guarantee:
                 "try again, or allow more time with --timeout",
             )
         time.sleep(_START_POLL)
+        now = query(client, deadline)
     return now
 
 

@@ -1,6 +1,6 @@
 """Bring the shim into a running VM, and out of it: all that is around the injection, in its order.
 
-Look first (preflight.py, guestram.py), then inject, then hold what the shim says about guest RAM against what was seen
+Look first (preflight.py, locate.py), then inject, then hold what the shim says about guest RAM against what was seen
 from outside, and only then lock anything. Everything may be done again: who comes second finds the shim and uses it.
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
@@ -28,6 +28,7 @@ from ramlock import (
     procfs,
     reply,
     road,
+    tell,
     vms,
 )
 from ramlock.control import Client
@@ -36,7 +37,6 @@ from ramlock.errors import (
     CannotInject,
     CommandError,
     ControlError,
-    GuestRamMismatch,
     NoPermission,
     NotFound,
     RamlockError,
@@ -68,6 +68,8 @@ class Options:
     """The user who may always connect; None: we."""
     allow_seccomp: bool = False
     """Whether filters that are not QEMU's own are no reason to refuse."""
+    allow_probable: bool = False
+    """Whether a guess of where guest RAM is will do."""
 
 
 class Outcome(NamedTuple):
@@ -79,7 +81,8 @@ class Outcome(NamedTuple):
     """Whether it was there before."""
     version: str
     source: str
-    """Whose word guest RAM is: "qemu", which was held against what is seen from outside, or "none" so far."""
+    """Whose word guest RAM is: "qemu", which was held against what is seen from outside, "controller" where the shim
+    was told, or "none" so far."""
     attempts: int = 0
     stopped_us: float | None = None
     """µs that QEMU's main thread was away; None when unknown."""
@@ -102,7 +105,7 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
     with ExitStack() as stack:
         pin, process, vm = _existing(stack, pid, options)
         if vm is None:
-            report = preflight.look(pid, environ, options.socket, allow_seccomp=options.allow_seccomp)
+            report = _look(pid, environ, options.socket, options)
             report.require()
             place.sweep()
             plan = _plan(report, pin, process)
@@ -111,12 +114,20 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
         elif options.upgrade and (new := _plan_upgrade(vm, pin, process, options, environ)):
             yield _upgrade(stack, vm, *new)
         else:
-            blocks = _from_outside(process)
-            source = _compare(vm, process, blocks) if blocks is not None else "qemu"
+            try:
+                source = tell.check(vm, process, None, allow_probable=options.allow_probable)
+            except NoPermission:  # we may not look, and it was looked at when it came in
+                source = "qemu"
             unadopted = _adopt_kept(vm, process)
             where = place.from_here(process, vm.client.where)
             yield vm, Outcome(where, True, version(vm), source, unadopted=unadopted)
         step("end")
+
+
+def _look(pid: int, environ: Mapping[str, str], socket: str | None, options: Options) -> preflight.Preflight:
+    return preflight.look(
+        pid, environ, socket, allow_seccomp=options.allow_seccomp, allow_probable=options.allow_probable
+    )
 
 
 def version(vm: vms.Vm) -> str:
@@ -132,18 +143,18 @@ class _Plan(NamedTuple):
     file: road.File
     way: road.Road
     where: place.Place
-    blocks: list[guestram.Block]
+    ram: guestram.Found
 
 
 def _plan(report: preflight.Preflight, pin: procfs.Pin, first: procfs.Process) -> _Plan:
     """Make a plan for the very process that was pinned and is `first`. Raises VmGone when it is another by now."""
     pin.check()
-    process, file, way, where, blocks = report.process, report.file, report.way, report.where, report.blocks
-    if process is None or file is None or way is None or where is None or blocks is None:
+    process, file, way, where, ram = report.process, report.file, report.way, report.where, report.ram
+    if process is None or file is None or way is None or where is None or ram is None:
         raise CannotInject(f"process {report.pid} could not be looked at", "see ramlock preflight")
     if process.start_time != first.start_time:
         raise VmGone(f"the VM (pid {report.pid}) has ended", "look into QEMU's own log for why")
-    return _Plan(pin, process, file, way, where, blocks)
+    return _Plan(pin, process, file, way, where, ram)
 
 
 def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Pin, procfs.Process, vms.Vm | None]:
@@ -175,7 +186,7 @@ def _install(stack: ExitStack, plan: _Plan, options: Options, handed: dict[str, 
     cost = _inject(plan, path, options)
     vm = stack.enter_context(vms.talk(_await(process, path, plan.where)))
     try:
-        source = _compare(vm, process, plan.blocks)
+        source = tell.check(vm, process, plan.ram, allow_probable=options.allow_probable)
     except Refused:
         with suppress(RamlockError):
             eject.eject(vm)
@@ -232,7 +243,7 @@ def _plan_upgrade(
         allow_uid=int(allowed) if options.allow_uid is None and allowed.isdecimal() else options.allow_uid,
         owner=process.uids[0] if facts.get("entry") == "preloaded" else None,
     )
-    report = preflight.look(process.pid, environ, kept.socket, allow_seccomp=options.allow_seccomp)
+    report = _look(process.pid, environ, kept.socket, options)
     report.require()
     plan = _plan(report, pin, process)
     # Shims that were ejected stay loaded; one that does not say where it is was most likely the last to come.
@@ -430,43 +441,6 @@ def _is_loaded(pid: int, path: str) -> bool:
         maps = memory.maps()
         program = Object(memory, loaded.executable(memory, maps).start)
         return any(found.name == path for found in loaded.objects(memory, program))
-
-
-def _from_outside(process: procfs.Process) -> list[guestram.Block] | None:
-    """Locate guest RAM; None when we may not look, or this QEMU does not export its list."""
-    try:
-        with Memory(process.pid) as memory:
-            program = Object(memory, loaded.executable(memory, memory.maps()).start)
-            return guestram.locate(memory, program)
-    except NoPermission:
-        return None
-
-
-def _compare(vm: vms.Vm, process: procfs.Process, outside: list[guestram.Block]) -> str:
-    """Hold the shim's guest RAM against ours. A VM may plug memory in between the two: then both are looked at again.
-
-    Returns whose word guest RAM is. Raises GuestRamMismatch.
-    """
-    step("compare")
-    deadline = Deadline(SOCKET_TIME)
-    tries = 3
-    while True:
-        answer = vm.client.execute("query-ram-blocks", deadline=Deadline(vms.ANSWER_TIME))
-        blocks = guestram.parse_reply(answer)
-        # The shim looks on QEMU's main loop, which may not have come to it yet. Without a name it is not plugged in.
-        if not blocks and any(block.id for block in outside) and not deadline.expired:
-            time.sleep(_POLL_MOST)
-            continue
-        with Memory(process.pid) as memory:
-            maps = memory.maps()
-        try:
-            guestram.compare(blocks, outside, maps)
-            return "qemu" if blocks else "none"
-        except GuestRamMismatch:
-            tries -= 1
-            if not tries:
-                raise
-        outside = _from_outside(process) or []
 
 
 def _started(vm: vms.Vm) -> int | None:

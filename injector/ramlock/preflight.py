@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from ramlock import detour, guestram, loaded, memory, place, procfs, rights, road, shim, x86_64
+from ramlock import detour, guestram, loaded, locate, memory, place, procfs, rights, road, shim, x86_64
 from ramlock.errors import AlreadyTraced, CannotInject, NoPermission, RamlockError, Refused
 from ramlock.sizes import format_size
 from ramlock.text import printable
@@ -44,7 +44,7 @@ class Preflight:
     file: road.File | None = None
     way: road.Road | None = None
     where: place.Place | None = None
-    blocks: list[guestram.Block] | None = None
+    ram: guestram.Found | None = None
     shims: list[loaded.Shim] = field(default_factory=list)
 
     @property
@@ -70,15 +70,17 @@ def look(
     proc: Path = procfs.PROC,
     *,
     allow_seccomp: bool = False,
+    allow_probable: bool = False,
 ) -> Preflight:
     """Run every check on `pid`; `environ` is ours, `socket` the place that the user wants. Never refuses.
 
-    With `allow_seccomp` the user answers for the filters on the process.
+    With `allow_seccomp` the user answers for the filters on the process, with `allow_probable` for a guess of where
+    guest RAM is.
     """
     report = Preflight(pid)
     try:
         with ExitStack() as stack:
-            _look(report, stack, environ, socket, proc, allow_seccomp=allow_seccomp)
+            _look(report, stack, environ, socket, proc, allow_seccomp=allow_seccomp, allow_probable=allow_probable)
     except _Stop:
         pass
     return report
@@ -92,6 +94,7 @@ def _look(
     proc: Path,
     *,
     allow_seccomp: bool,
+    allow_probable: bool,
 ) -> None:
     pid = report.pid
 
@@ -119,7 +122,9 @@ def _look(
     report.file = file = _must(check("shim-file", lambda: _file(environ)))
     code = detour.load_code(file.path)
     check("room", lambda: (None, f"at {detour.find_room(target, maps, (libc, program), code):#x}"), needed=False)
-    report.blocks = check("guest-ram", lambda: _guest_ram(target, program), needed=False)
+    report.ram = check(
+        "guest-ram", lambda: _guest_ram(process, target, program, proc, allowed=allow_probable), needed=False
+    )
     report.shims = shims = _must(check("loaded", lambda: _loaded(target, program, maps, file, proc)))
     report.way = check("road", lambda: _road(process, file, shims, maps, proc), needed=False)
     report.where = check("socket", lambda: _place(process, socket, proc), needed=False)
@@ -248,16 +253,22 @@ def _file(environ: Mapping[str, str]) -> tuple[road.File, str]:
     return file, f"{file.path}, build {file.build_id[:12]}"
 
 
-def _guest_ram(target: memory.Memory, program: memory.Object) -> tuple[list[guestram.Block], str]:
-    blocks = guestram.locate(target, program)
-    if blocks is None:
-        raise CannotInject(
-            "this QEMU does not export its symbols, so its guest RAM cannot be found",
-            "use a QEMU that exports them, such as a distribution's build with modules",
-        )
-    if not blocks:
-        return blocks, "the machine has no RAM yet"
-    return blocks, f"{len(blocks)} RAM blocks, {format_size(sum(block.size for block in blocks))} together"
+def _guest_ram(
+    process: procfs.Process, target: memory.Memory, program: memory.Object, proc: Path, *, allowed: bool
+) -> tuple[guestram.Found, str]:
+    found = locate.outside(process, proc=proc, memory=target)
+    if not found.blocks:
+        return found, "the machine has no RAM yet"
+    total = format_size(sum(block.size for block in found.blocks))
+    count = len(found.blocks)
+    detail = f"{total} in {count} block{'s' if count > 1 else ''}, {found.confidence} by its {_SOURCES[found.source]}"
+    # The shim finds guest RAM itself where the list is exported, and is held against this.
+    if not found.certain and not allowed and program.find("ram_list") is None:
+        raise locate.only_probable(process.pid, found)
+    return found, detail
+
+
+_SOURCES = {"symbols": "list of RAM blocks", "maps": "mappings"}
 
 
 def _loaded(

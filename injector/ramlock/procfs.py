@@ -159,7 +159,7 @@ def sandboxed(cmdline: tuple[str, ...]) -> bool:
     result = False
     for option, value in itertools.pairwise(cmdline):
         if option in ("-sandbox", "--sandbox"):
-            for index, part in enumerate(_split_options(value)):
+            for index, part in enumerate(split_options(value)):
                 key, equals, rest = part.partition("=")
                 if equals and key == "enable":
                     result = rest in ("on", "yes", "true", "y")
@@ -232,7 +232,7 @@ def vm_name(cmdline: tuple[str, ...]) -> str | None:
     for option, value in itertools.pairwise(cmdline):
         if option not in ("-name", "--name"):
             continue
-        for index, part in enumerate(_split_options(value)):
+        for index, part in enumerate(split_options(value)):
             key, equals, rest = part.partition("=")
             if equals and key == "guest":
                 name = rest
@@ -241,7 +241,7 @@ def vm_name(cmdline: tuple[str, ...]) -> str | None:
     return name
 
 
-def _split_options(value: str) -> list[str]:
+def split_options(value: str) -> list[str]:
     """Split QEMU's `a,b=c,,d` into "a" and "b=c,d"."""
     parts = [""]
     for piece in re.split(r"(,,|,)", value):

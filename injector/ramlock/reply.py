@@ -75,6 +75,8 @@ class Guarantee(NamedTuple):
     """Why the guarantee that QEMU was started with was not set; only until one is set."""
     raw: dict[str, Any]
     """The reply as it came."""
+    told: bool = False
+    """Whether the shim cannot see guest RAM itself, and has to be told where it is."""
 
     @property
     def held(self) -> int:
@@ -117,6 +119,7 @@ def parse(reply: object) -> Guarantee:
         why=_why(why) if isinstance(why, dict) else None,
         launch_error=printable(_get(reply, "launch-error", str)) if "launch-error" in reply else None,
         raw=reply,
+        told=reply.get("source") == "controller",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ramlock import __version__, eject, guestram, install, kept, loaded, memory, procfs
+from ramlock import __version__, eject, guestram, install, kept, loaded, locate, memory, procfs, tell
 from ramlock.errors import CannotInject, CommandError, ControlError, GuestRamMismatch, NotFound, Refused
 from ramlock.teststeps import STEPS
 from tests.conftest import Need
@@ -426,13 +426,13 @@ def test_killed_during_an_upgrade(other: Path, step: str) -> None:
 def test_a_failed_upgrade_brings_the_former_one_back(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Guest(how="plain") as guest:
         inject(guest, "--guarantee", "32M")
-        compare = install._compare
+        compare = tell.check
 
-        def disagree(vm: Any, process: Any, outside: Any) -> str:
-            monkeypatch.setattr(install, "_compare", compare)
+        def disagree(vm: Any, process: Any, outside: Any, *, allow_probable: bool) -> str:
+            monkeypatch.setattr(tell, "check", compare)
             raise GuestRamMismatch("made up", "by this test")
 
-        monkeypatch.setattr(install, "_compare", disagree)
+        monkeypatch.setattr(tell, "check", disagree)
         environ = {**os.environ, "RAMLOCK_SHIM": str(other)}
         with pytest.raises(GuestRamMismatch), install.installed(guest.pid, install.Options(upgrade=True), environ):
             pass
@@ -607,13 +607,12 @@ def test_the_outside_list_is_qemus() -> None:
         for backend in (None, "memory-backend-ram", "memory-backend-memfd"):
             if backend:
                 guest.monitor.execute("object-add", {"qom-type": backend, "id": backend, "size": 64 * MIB})
-            with memory.Memory(guest.pid) as target:
-                program = memory.Object(target, loaded.executable(target, target.maps()).start)
-                blocks = guestram.locate(target, program)
-            assert blocks is not None
+            found = locate.outside(procfs.read(guest.pid), "symbols")
+            blocks = [*found.blocks, *found.others]
             lines = guest.monitor.human("info ramblock").splitlines()[1:]
             assert sorted(block.size for block in blocks) == sorted(int(line.split()[-2], 16) for line in lines)
             # A backend that is not plugged in has no name yet.
             named = {block.id: block.size for block in blocks if block.id}
             assert named.items() <= guest.blocks().items()
             assert named["pc.ram"] == 512 * MIB
+            assert [block.id for block in found.blocks] == ["pc.ram"]

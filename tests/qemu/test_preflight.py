@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import Need
 from tests.qemu.conftest import assert_refused, ramlock
-from tests.qemu.guest import ROOT, SHIM, Guest
+from tests.qemu.guest import MIB, ROOT, SHIM, Guest
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -246,9 +246,13 @@ def test_a_socket_that_cannot_be(where: str) -> None:
 
 
 def test_without_symbols(need: Need) -> None:
+    """Guest RAM is found by its mappings; where that is only a guess, it is said."""
     need(MICROVM, "qemu-system-x86")
     with Guest(how="plain", qemu=MICROVM, machine="microvm", accel="qtest") as guest:
-        check_refused(guest.pid, "guest-ram", "does not export its symbols")
+        check = preflight(guest.pid, 0)["guest-ram"]
+        assert check["detail"] == "1 GiB in 1 block, certain by its mappings"
+        guest.monitor.execute("object-add", {"qom-type": "memory-backend-ram", "id": "spare", "size": 64 * MIB})
+        check_refused(guest.pid, "guest-ram", "only probably")
         assert guest.monitor.execute("query-status")["status"]
 
 

@@ -7,12 +7,19 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ramlock import elf
+from ramlock.deadline import Deadline
 from ramlock.errors import CannotPreload
+from ramlock.memory import find_build_id
 from tests.conftest import absent
 
 PROGRAM = "int exported_one(void) { return 1; }\nint main(void) { return 0; }\n"
@@ -163,3 +170,67 @@ def test_this_python_is_not_secure() -> None:
     """The premise of these tests."""
     at_secure = 23
     assert ctypes.CDLL(None).getauxval(at_secure) == 0
+
+
+DEBUGGED = """
+#include <stddef.h>
+#include <stdio.h>
+struct first { char name[3]; struct { void *next, *back; } links; long size; };
+struct first one;
+long my_ram_list[3], ram_list[7];
+int near_it(struct first *f) { return f->name[0]; }
+int main(void)
+{
+    printf("%zu %zu\\n", offsetof(struct first, links), offsetof(struct first, size));
+    return near_it(&one);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def debugged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("debugged")
+    (folder / "d.c").write_text(DEBUGGED)
+    subprocess.run(["gcc", "-g", "-o", folder / "d", folder / "d.c", "-Wl,--build-id=0xabcdef01"], check=True)
+    return folder / "d"
+
+
+def test_symbols_of_the_symbol_table(debugged: Path) -> None:
+    with debugged.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(table, SymbolTableSection)
+        found = elf.symbols(file.fileno(), ("ram_list", "near_it", "nothing"))
+        assert found.keys() == {"ram_list", "near_it"}
+        for name, symbol in found.items():
+            expected = (table.get_symbol_by_name(name) or [])[0]
+            assert (symbol.address, symbol.size) == (expected["st_value"], expected["st_size"])
+        assert found["ram_list"].size == 56
+        assert "abcdef01" in map(find_build_id, elf.notes(file.fileno()))
+
+
+def test_members_of_a_structure(debugged: Path) -> None:
+    said = subprocess.run([debugged], stdout=subprocess.PIPE, text=True, check=False).stdout.split()
+    with debugged.open("rb") as file:
+        assert elf.has_dwarf(file)
+        near = elf.symbols(file.fileno(), ["near_it"])["near_it"].address
+        for address in (near, None):
+            found = elf.members(file, "first", address, Deadline(10))
+            assert (found["name"], found["links"], found["size"]) == (0, int(said[0]), int(said[1]))
+        assert elf.members(file, "second", None, Deadline(10)) == {}
+        assert elf.members(file, "first", near, Deadline(0)) == {}
+
+
+@given(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=16))
+def test_a_damaged_file_has_no_symbols_or_some(debugged: Path, at: int, data: bytes) -> None:
+    whole = bytearray(debugged.read_bytes())
+    at %= len(whole)
+    whole[at : at + len(data)] = data
+    with tempfile.TemporaryFile() as file:
+        file.write(whole)
+        file.flush()
+        try:
+            elf.symbols(file.fileno(), ["ram_list"])
+            elf.notes(file.fileno())
+        except ValueError:
+            return
+        assert isinstance(elf.members(file, "first", None, Deadline(1)), dict)

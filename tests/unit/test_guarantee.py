@@ -207,7 +207,7 @@ def test_not_waiting_for_ever(session: Sessions) -> None:
     with pytest.raises(Refused, match="still starting"):
         guarantee.place(session(starting), Wish(parse_size("1G")), pid=None, deadline=Deadline(0.3))
     lacking = Shim(reply(state="waiting", ram=0, waiting={"reason": "no-symbols", "desc": ""}))
-    with pytest.raises(Refused, match="does not export"):
+    with pytest.raises(Refused, match="nobody has told"):
         guarantee.place(session(lacking), Wish(parse_size("1G")), pid=None, deadline=Deadline(60))
 
 

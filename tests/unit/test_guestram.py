@@ -1,147 +1,18 @@
-"""QEMU's list of RAM blocks in made-up memory: a right one is read, anything else is an error, never a wrong block."""
+"""What sources say about guest RAM is held against each other: both the same, or an error that shows both."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
-import struct
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ramlock import guestram
-from ramlock.deadline import Deadline
 from ramlock.errors import GuestRamMismatch
-from ramlock.guestram import Area, Block, Malformed
+from ramlock.guestram import Area, Block, Found
 from ramlock.memory import Mapping
 
-RAM_LIST, HEAD = 0x1000, 0x1038
 MIB = 1 << 20
-MAPPED = [Area(0x10000000, 0x10000000 + 64 * MIB)]
-BLOCKS = [
-    Block("pc.bios", 0x10000000, 256 << 10),
-    Block("pc.ram", 0x10200000, 32 * MIB),
-    Block("", 0x13000000, 4096),
-]
-
-
-@dataclass
-class Space:
-    """A process's memory, as pieces at addresses."""
-
-    pieces: dict[int, bytearray] = field(default_factory=dict)
-
-    def read(self, address: int, size: int) -> bytes:
-        for start, data in self.pieces.items():
-            if start <= address and address + size <= start + len(data):
-                return bytes(data[address - start : address - start + size])
-        raise OSError(5, "not mapped")
-
-
-def block_at(index: int) -> int:
-    return 0x200000 + 0x400 * index
-
-
-def space(blocks: list[Block], lengths: dict[int, int] | None = None) -> Space:
-    """Memory with a list of these blocks, as QEMU would hold it."""
-    ram_list = bytearray(104)
-    struct.pack_into("<Q", ram_list, 48, 0x1)  # something that is no pointer
-    struct.pack_into("<Q", ram_list, HEAD - RAM_LIST, block_at(0) if blocks else 0)
-    result = Space({RAM_LIST: ram_list})
-    back = HEAD
-    for index, block in enumerate(blocks):
-        data = bytearray(400)
-        struct.pack_into("<QQQQQQ", data, 16, 0x5555, block.host, 0, 0x40000000, block.size, block.size)
-        data[76 : 76 + len(block.id)] = block.id.encode()
-        following = block_at(index + 1) if index + 1 < len(blocks) else 0
-        struct.pack_into("<QQ", data, 336, following, back)
-        result.pieces[block_at(index)] = data
-        back = block_at(index) + 336
-    return result
-
-
-def find(memory: Space) -> list[Block]:
-    return guestram.find(memory.read, RAM_LIST, 104, MAPPED)
-
-
-def test_a_list() -> None:
-    assert find(space(BLOCKS)) == BLOCKS
-    assert find(space(BLOCKS[:1])) == BLOCKS[:1]
-
-
-def test_no_ram_yet() -> None:
-    assert find(space([])) == []
-
-
-@given(st.integers(0, 2), st.integers(0, 351), st.binary(min_size=1, max_size=8))
-def test_damage_is_seen(index: int, at: int, data: bytes) -> None:
-    """A changed byte gives an error, or changes what no decision rests upon, or is a valid change of name or size."""
-    memory = space(BLOCKS)
-    piece = memory.pieces[block_at(index)]
-    piece[at : at + len(data)] = data
-    try:
-        found = find(memory)
-    except (Malformed, OSError):
-        return
-    # When the first block's back pointer is gone there is no list; every block that is told lies in mapped memory.
-    assert found == [] or [block.host for block in found][:index] == [block.host for block in BLOCKS][:index]
-    for block in found:
-        assert MAPPED[0].start <= block.host
-        assert block.host + block.size <= MAPPED[0].end
-
-
-@given(st.binary(max_size=512))
-def test_garbage_is_no_block(data: bytes) -> None:
-    try:
-        block, _, _ = guestram.parse_block(data)
-    except Malformed:
-        return
-    assert block.size > 0
-    assert block.id.isprintable()
-
-
-@given(
-    st.dictionaries(st.integers(0, 40).map(lambda i: RAM_LIST + 8 * i), st.binary(min_size=8, max_size=64), max_size=9)
-)
-def test_garbage_memory_is_no_list(pieces: dict[int, bytes]) -> None:
-    memory = Space({at: bytearray(data) for at, data in pieces.items()})
-    with suppress(Malformed, OSError):
-        assert find(memory) == []
-
-
-def changed(index: int, at: int, form: str, *values: int) -> Space:
-    memory = space(BLOCKS)
-    struct.pack_into(form, memory.pieces[block_at(index)], at, *values)
-    return memory
-
-
-@pytest.mark.parametrize(
-    ("memory", "says"),
-    [
-        (changed(2, 336, "<Q", block_at(1)), "without end"),
-        (changed(1, 336, "<Q", block_at(2) + 4), "without end"),
-        (changed(1, 344, "<Q", HEAD), "hold together"),
-        (changed(1, 24, "<Q", 0x20000000), "not mapped"),
-        (changed(1, 48, "<QQ", 128 * MIB, 128 * MIB), "not mapped"),
-        (changed(1, 48, "<Q", 0), "a size"),
-        (changed(1, 48, "<Q", 4095), "a size"),
-        (changed(1, 48, "<QQ", 8192, 4096), "a size"),
-        (changed(1, 24, "<Q", (1 << 64) - 4096), "a size"),
-        (changed(1, 76, "<Q", 0x0101010101010101), "a name"),
-        (changed(1, 76, "<256B", *[0x41] * 256), "a name"),
-        (space([*BLOCKS, Block("pc.ram", 0x13100000, 4096)]), "two blocks"),
-    ],
-)
-def test_what_cannot_be(memory: Space, says: str) -> None:
-    with pytest.raises(Malformed, match=says):
-        find(memory)
-
-
-def test_a_list_that_is_too_long() -> None:
-    blocks = [Block(f"b{i}", 0x10000000, 4096) for i in range(guestram.BLOCKS_MOST + 1)]
-    with pytest.raises(Malformed, match="without end"):
-        find(space(blocks))
+RAM = Block("pc.ram", 0x10200000, 32 * MIB)
+BIOS = Block("pc.bios", 0x10000000, 256 << 10)
+FOUND = Found("symbols", True, [RAM], (), (BIOS,))
+VIRTIO_MEM = Block("vm", 0x13000000, 8 * MIB, virtio_mem=True)
 
 
 def mapping(start: int, end: int, *, writable: bool = True) -> Mapping:
@@ -158,25 +29,64 @@ MAPS = [mapping(0x10000000, 0x10300000), mapping(0x10300000, 0x14000000)]
 
 
 def test_agreement() -> None:
-    guestram.compare(BLOCKS[1:2], BLOCKS, MAPS)
-    guestram.compare([], BLOCKS, MAPS)
+    guestram.compare([RAM], FOUND, MAPS)
+    guestram.compare([], FOUND, MAPS)
+
+
+def test_of_virtio_mem_the_shim_has_parts() -> None:
+    found = FOUND._replace(blocks=[RAM, VIRTIO_MEM])
+    parts = [Block("vm", VIRTIO_MEM.host + at * MIB, 2 * MIB) for at in (0, 4)]
+    for inside in ([RAM], [RAM, *parts], [RAM, VIRTIO_MEM]):
+        guestram.compare(inside, found, MAPS)
+    for wrong in (Block("vm", VIRTIO_MEM.end - MIB, 2 * MIB), Block("other", VIRTIO_MEM.host, MIB)):
+        with pytest.raises(GuestRamMismatch, match="there is"):
+            guestram.compare([RAM, wrong], found, MAPS)
 
 
 @pytest.mark.parametrize(
     ("inside", "maps", "says"),
     [
         (Block("pc.ram", 0x10200000, 33 * MIB), MAPS, "takes pc.ram 33 MiB.*there is pc.ram 32 MiB"),
+        (Block("pc.ram", 0x10200000, 31 * MIB), MAPS, "takes pc.ram 31 MiB.*there is pc.ram 32 MiB"),
         (Block("pc.ram", 0x10201000, 32 * MIB), MAPS, "at 0x10201000.*at 0x10200000"),
         (Block("pc.rom", 0x10200000, 32 * MIB), MAPS, "takes pc.rom.*there is pc.ram"),
         (Block("x", 0x30000000, 4096), MAPS, "nothing like it"),
-        (BLOCKS[1], [mapping(0x10000000, 0x14000000, writable=False)], "not writable"),
-        (BLOCKS[1], [mapping(0x10000000, 0x11000000), mapping(0x11001000, 0x14000000)], "not writable"),
+        (BIOS, MAPS, "takes pc.bios.*which is no guest RAM"),
+        (RAM, [mapping(0x10000000, 0x14000000, writable=False)], "not writable"),
+        (RAM, [mapping(0x10000000, 0x11000000), mapping(0x11001000, 0x14000000)], "not writable"),
     ],
 )
 def test_disagreement_shows_both(inside: Block, maps: list[Mapping], says: str) -> None:
     with pytest.raises(GuestRamMismatch, match=says) as error:
-        guestram.compare([inside], BLOCKS, maps)
+        guestram.compare([inside], FOUND, maps)
     assert error.value.exit_code == 4
+
+
+def test_what_the_shim_leaves_out() -> None:
+    found = FOUND._replace(blocks=[RAM, Block("dimm", 0x13000000, MIB)])
+    with pytest.raises(GuestRamMismatch, match=r"dimm 1 MiB.*the shim does not know it"):
+        guestram.compare([RAM], found, MAPS)
+
+
+def test_a_guess_only_has_to_know_the_shims_blocks() -> None:
+    guess = FOUND._replace(certain=False, blocks=[RAM, Block("dimm", 0x13000000, MIB)])
+    guestram.compare([RAM], guess, MAPS)
+    guestram.compare([BIOS], guess, MAPS)
+    with pytest.raises(GuestRamMismatch):
+        guestram.compare([Block("x", 0x13000000, MIB)], guess, MAPS)
+
+
+def test_sources_agree_or_both_are_shown() -> None:
+    mapped = Found("maps", True, [RAM._replace(id="machine")])
+    guestram.agree(FOUND, mapped)
+    guestram.agree(FOUND._replace(blocks=[RAM, VIRTIO_MEM]), mapped._replace(blocks=[RAM, VIRTIO_MEM]))
+    other = mapped._replace(blocks=[RAM._replace(host=RAM.host + MIB)])
+    with pytest.raises(
+        GuestRamMismatch, match=r"at 0x10200000 by QEMU's list.* at 0x10300000 by its mappings"
+    ) as error:
+        guestram.agree(FOUND, other)
+    assert error.value.exit_code == 4
+    guestram.agree(FOUND, other._replace(certain=False))
 
 
 def test_the_shims_reply() -> None:
@@ -189,36 +99,14 @@ def test_the_shims_reply() -> None:
             guestram.parse_reply(reply)
 
 
-def test_many_areas_are_no_burden() -> None:
-    """A hostile process has as many mappings and blocks as it can."""
-    mapped = [Area(0x10000000 + 0x2000 * i, 0x10001000 + 0x2000 * i) for i in range(65000)]
-    blocks = [Block(f"b{i}", mapped[-1 - i].start, 4096) for i in range(guestram.BLOCKS_MOST)]
-    pieces = space(blocks).pieces
-
-    class Counted(list[Area]):
-        def __iter__(self) -> Any:
-            raise AssertionError("all of them are looked at")
-
-    def read(address: int, size: int) -> bytes:
-        start = RAM_LIST if address < 0x2000 else address - (address - 0x200000) % 0x400
-        return bytes(pieces[start][address - start : address - start + size])
-
-    assert guestram.walk(read, HEAD, Counted(mapped)) == blocks
-    with pytest.raises(Malformed, match="not mapped"):
-        guestram.walk(read, HEAD, Counted(mapped[:-1]))
-    with pytest.raises(Malformed, match="too long"):
-        guestram.walk(read, HEAD, mapped, Deadline(0))
-
-
 @pytest.mark.parametrize(
     "blocks",
     [
         [Block("pc.ram", 4096, 4096)] * 2,
-        [Block("pc.ram", 4096, 4096), Block("pc.ram", 8192, 4096)],
         [Block("pc.ram", 4096, 4096), Block("pc.bios", 4096, 8192)],
         [Block("", 4096 * i, 4096) for i in range(guestram.BLOCKS_MOST + 1)],
     ],
-    ids=["twice", "one-name", "one-place", "too-many"],
+    ids=["twice", "one-place", "too-many"],
 )
 def test_a_reply_with_too_much_in_it(blocks: list[Block]) -> None:
     with pytest.raises(GuestRamMismatch, match="does not say"):

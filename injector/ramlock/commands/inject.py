@@ -50,6 +50,11 @@ def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None
     is_flag=True,
     help="Also under a seccomp filter that is not QEMU's own; one that forbids what the shim does kills the VM.",
 )
+@click.option(
+    "--allow-probable",
+    is_flag=True,
+    help="Also where guest RAM is only a guess (see ramlock locate), which may lock other memory of QEMU's.",
+)
 @click.option("--upgrade", is_flag=True, help="Replace a shim of another version; what is locked stays locked.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; times in µs.")
 @click.option("--list-steps", is_flag=True, hidden=True, is_eager=True, expose_value=False, callback=_list_steps)
@@ -67,6 +72,7 @@ def command(
     wait: bool,
     timeout: float,
     allow_seccomp: bool,
+    allow_probable: bool,
     upgrade: bool,
     as_json: bool,
 ) -> None:
@@ -80,14 +86,17 @@ def command(
       ramlock inject --vm web
     With half of its RAM guaranteed at once:
       ramlock inject --pid 4711 --guarantee 50%
-    What would stand in the way; how to take it out again:
+    What would stand in the way; where guest RAM is; how to take it out again:
       ramlock preflight --vm web
+      ramlock locate --vm web
       ramlock eject --vm web
     """
     from ramlock import install  # takes libraries that --help need not
 
     target = which_pid(pid, vm, vms.find_pid)
-    options = install.Options(socket, allow_uid, timeout, upgrade, allow_seccomp=allow_seccomp)
+    options = install.Options(
+        socket, allow_uid, timeout, upgrade, allow_seccomp=allow_seccomp, allow_probable=allow_probable
+    )
     with install.installed(target, options, os.environ) as (found, outcome):
         now: Any = None
         if size is not None:

@@ -15,8 +15,11 @@ from ramlock.commands.common import emit, emit_json, one_vm_options, which_pid
 @click.option(
     "--allow-seccomp", is_flag=True, help="As for inject: also under a seccomp filter that is not QEMU's own."
 )
+@click.option("--allow-probable", is_flag=True, help="As for inject: also where guest RAM is only a guess.")
 @click.option("--json", "as_json", is_flag=True, help='Print {"ok", "checks": [{"name", "ok", "detail", "hint"}]}.')
-def command(pid: int | None, vm: str | None, socket: str | None, allow_seccomp: bool, as_json: bool) -> int:
+def command(
+    pid: int | None, vm: str | None, socket: str | None, allow_seccomp: bool, allow_probable: bool, as_json: bool
+) -> int:
     """Say whether a VM can be injected, and if not, why.
 
     Looks only: nothing is written to the VM, nothing is stopped. Exit code 0 when every check passes, else 4.
@@ -28,7 +31,13 @@ def command(pid: int | None, vm: str | None, socket: str | None, allow_seccomp: 
     """
     from ramlock import preflight  # takes libraries that --help need not
 
-    report = preflight.look(which_pid(pid, vm, vms.find_pid), os.environ, socket, allow_seccomp=allow_seccomp)
+    report = preflight.look(
+        which_pid(pid, vm, vms.find_pid),
+        os.environ,
+        socket,
+        allow_seccomp=allow_seccomp,
+        allow_probable=allow_probable,
+    )
     if as_json:
         checks = [{"name": c.name, "ok": c.ok, "detail": c.detail, "hint": c.hint} for c in report.checks]
         emit_json({"ok": report.ok, "checks": checks})

@@ -128,9 +128,20 @@ def _left(placed: Guarantee) -> Interrupted:
     )
 
 
+def _tell(found: vms.Vm, deadline: Deadline) -> guarantee.Tell:
+    def tell_it() -> None:
+        from ramlock import tell  # takes what most VMs need not
+
+        tell.refresh(found, deadline)
+
+    return tell_it
+
+
 def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, vouched: bool) -> Guarantee:
     try:
-        return guarantee.place(found.client, wish, pid=found.pid, deadline=deadline, vouched=vouched)
+        return guarantee.place(
+            found.client, wish, pid=found.pid, deadline=deadline, vouched=vouched, tell=_tell(found, deadline)
+        )
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted while the guarantee was being set", "see with ramlock status whether it was"

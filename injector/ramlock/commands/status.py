@@ -8,8 +8,10 @@ import click
 
 from ramlock import guarantee, vms
 from ramlock.commands.common import emit, emit_json, json_option, selector, vm_options
+from ramlock.errors import NoPermission, Refused
 from ramlock.reply import Guarantee, State
 from ramlock.sizes import format_size
+from ramlock.text import printable
 
 _COLORS = {State.IDLE: "green", State.SHORT: "red", State.WAITING: "yellow"}
 _BAR = 30
@@ -31,10 +33,23 @@ def command(pid: int | None, vm: str | None, socket: Path | None, as_json: bool)
     """
     with vms.session(selector(pid, vm, socket)) as found:
         now = guarantee.query(found.client)
+        if now.told:
+            _tell(found)
+            now = guarantee.query(found.client)
         if as_json:
             emit_json(now.raw)
         else:
             emit("\n".join([click.style(found.label, bold=True), *lines(now)]))
+
+
+def _tell(found: vms.Vm) -> None:
+    """Tell a shim that cannot see guest RAM where it is; that it cannot be told is no reason to show nothing."""
+    from ramlock import tell  # takes what most VMs need not
+
+    try:
+        tell.refresh(found)
+    except (Refused, NoPermission) as error:
+        click.echo(f"ramlock: {printable(error.message, 2000)}", err=True)
 
 
 def lines(now: Guarantee) -> list[str]:
