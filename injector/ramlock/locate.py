@@ -154,10 +154,17 @@ def _read_list(process: procfs.Process, memory: Memory, where: _Where, proc: Pat
             continue
         if ramlist.guest_memfd(raws):
             raise _confidential(process.pid, "its memory is a guest_memfd")
-        found = ramlist.judge(memory.read, raws)
+        found = ramlist.judge(memory.read, raws, _uses(process))
         sized = _Backings(process.pid, proc)
         return found._replace(blocks=[_with_backing(block, maps, sized) for block in found.blocks])
     raise reason
+
+
+def _uses(process: procfs.Process) -> dict[str, str]:
+    try:
+        return qemuargs.parse(process.cmdline).uses
+    except Malformed:
+        return {}
 
 
 def _patiently(memory: Memory, read: Callable[[], T]) -> T:

@@ -32,6 +32,10 @@ _BACKENDS: dict[str, "Kind"] = {
 }
 _VIDEO = ("vgamem_mb", "vram_size_mb", "vram64_size_mb", "ram_size_mb")
 
+MACHINE = "machine"
+MAIN_MEMORY = ("pc-dimm", "virtio-mem")
+"""Devices that make main memory of a backend; not nvdimm, virtio-pmem, ivshmem-plain, cxl-type3."""
+
 Kind = Literal["anonymous", "memfd", "file"]
 
 
@@ -58,6 +62,8 @@ class Wanted:
     spare: list[Want] = field(default_factory=list)
     """Backends that nothing uses yet."""
     doubts: list[str] = field(default_factory=list)
+    uses: dict[str, str] = field(default_factory=dict)
+    """What uses a backend: "machine", or the driver of a device."""
     confidential: bool = False
     """Whether the guest's memory is kept from the host."""
     video: int = 16 * MIB
@@ -196,12 +202,15 @@ class _State:
             self._machine_ram(kind, program)
         for name in dict.fromkeys(names):
             self._use(name)
+        out.uses = {**self.devices, **dict.fromkeys(names, MACHINE)}
         for name, driver in self.devices.items():
             if name in names:
                 continue
-            if driver.startswith(("ivshmem", "virtio-pmem", "nvdimm", "cxl")):
-                out.doubts.append(f"{name} belongs to a device ({driver}) and may not be main memory")
-            elif driver.startswith("virtio-mem"):
+            if not driver.startswith(MAIN_MEMORY):
+                if name in self.objects and (want := self._want(name)) is not None:
+                    out.spare.append(want)
+                continue
+            if driver.startswith("virtio-mem"):
                 out.doubts.append(
                     f"only the plugged part of {name} (virtio-mem) is guest RAM, which mappings do not tell"
                 )

@@ -8,12 +8,13 @@ with its type, a type with its name (QEMU's include/qom/object.h and qom/object.
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 Read = Callable[[int, int], bytes]
 
 _REGION, _FIRST, _LAST = 320, 40, 160
+_CONTAINER_LAST = 5
 _NAME_MOST = 64
 _TYPE = re.compile(rb"[A-Za-z][A-Za-z0-9_.,:+-]*")
 _SIZE, _FLAGS = 40, 48
@@ -29,6 +30,8 @@ class Owner(NamedTuple):
     """Of a memory backend: its booleans, beginning with `merge`."""
     virtio_mem: bool = False
     """Whether a virtio-mem device decides which parts of it are there."""
+    holder: str = ""
+    """The type of what owns the region that the block was put into; "" when it is only shown in others by aliases."""
 
     @property
     def backend(self) -> bool:
@@ -69,7 +72,19 @@ def owner(read: Read, region: int, block: int) -> Owner | None:
     if any(flag > 1 for flag in flags):
         return None
     manager = any(_type(read, word).startswith("virtio-mem") for word in words[index + 2 :] if _pointer(word))
-    return Owner(name, flags, manager)
+    return Owner(name, flags, manager, _holder(read, words[index + 2 : index + 2 + _CONTAINER_LAST], index + 1))
+
+
+def _holder(read: Read, words: Sequence[int], owner_index: int) -> str:
+    """The type of the owner of the container, which is the only region that the few words after the owner point to."""
+    for word in words:
+        if _pointer(word) and _type(read, word).endswith("memory-region"):
+            try:
+                (at,) = struct.unpack("<Q", read(word + 8 * owner_index, 8))
+            except OSError:
+                return ""
+            return _type(read, at)
+    return ""
 
 
 def _type(read: Read, at: int) -> str:

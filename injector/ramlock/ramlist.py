@@ -11,10 +11,10 @@ Pure: memory comes through a function, mappings as values.
 
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from ramlock import qom
+from ramlock import qemuargs, qom
 from ramlock.deadline import Deadline
 from ramlock.guestram import BLOCKS_MOST, Area, Block, Found, Malformed, hold
 
@@ -153,8 +153,8 @@ def guest_memfd(raws: list[Raw]) -> bool:
     return any(raw.flags & _GUEST_MEMFD for raw in raws)
 
 
-def judge(read: Read, raws: list[Raw]) -> Found:
-    """Say which blocks are guest RAM.
+def judge(read: Read, raws: list[Raw], uses: Mapping[str, str]) -> Found:
+    """Say which blocks are guest RAM; `uses` is what the command line says of backends (qemuargs.Wanted).
 
     These are the blocks of memory backends that are in use. Where machine RAM is no backend (before 5.0), also those
     that a board names "pc.ram" and so on. Where a block's owner is not found, its name has to do, which is a guess.
@@ -165,6 +165,7 @@ def judge(read: Read, raws: list[Raw]) -> Found:
         owner is not None and not owner.backend and named_like_machine_ram(raw.block.id)
         for raw, owner in zip(raws, owners, strict=True)
     )
+    machine = any(named_like_machine_ram(raw.block.id) or uses.get(raw.block.id) == qemuargs.MACHINE for raw in raws)
     ram: list[Block] = []
     others: list[Block] = []
     doubts = []
@@ -173,13 +174,28 @@ def judge(read: Read, raws: list[Raw]) -> Found:
         if owner is None:
             doubts.append(f"whose {block} is was not found")
         if owner is not None and owner.backend:
-            (ram if owner.in_use(old=old) else others).append(block._replace(virtio_mem=owner.virtio_mem))
+            used = owner.in_use(old=old) and _is_main(block, owner, uses, machine=machine)
+            (ram if used else others).append(block._replace(virtio_mem=owner.virtio_mem))
         else:
             (ram if named_like_machine_ram(block.id) else others).append(block)
     ram.sort(key=lambda block: block.host)
     if any(one.end > other.host for one, other in itertools.pairwise(ram)):
         raise Malformed("guest RAM that overlaps")
     return Found("symbols", not doubts, ram, tuple(doubts[:3]), tuple(others))
+
+
+def _is_main(block: Block, owner: qom.Owner, uses: Mapping[str, str], *, machine: bool) -> bool:
+    """Whether what uses a backend makes main memory of it: the machine, a DIMM, virtio-mem; not an NVDIMM or ivshmem.
+
+    Of what was plugged in later the command line knows nothing. A DIMM's block is put into the machine's region for
+    such memory, an NVDIMM's is shown there by an alias, another device's is in the device's own region. `machine` is
+    whether the machine's own memory is known: if not, it may be this.
+    """
+    if owner.virtio_mem or named_like_machine_ram(block.id):
+        return True
+    if (use := uses.get(block.id.rsplit("/", 1)[-1])) is not None:
+        return use == qemuargs.MACHINE or use.startswith(qemuargs.MAIN_MEMORY)
+    return owner.holder.endswith("-machine") or (not owner.holder and not machine)
 
 
 def named_like_machine_ram(name: str) -> bool:

@@ -199,6 +199,28 @@ def test_dimms_come_and_go() -> None:
                 time.sleep(0.02)
 
 
+def test_what_other_devices_use_is_no_guest_ram() -> None:
+    """An NVDIMM, memory shared between VMs: from the start and plugged in later, with the shim of one mind."""
+    args = (
+        "-m 64M,slots=4,maxmem=1G -object memory-backend-ram,id=n0,size=32M -device nvdimm,memdev=n0,id=d0"
+        " -object memory-backend-ram,id=s0,size=32M,share=on -device ivshmem-plain,memdev=s0"
+    )
+    ram = ("pc.ram", 64, "anonymous")
+    with start(Layout("pc,nvdimm=on", args, [])) as guest:
+        here = {"pc.ram": host_of(guest, 0)}
+        assert outside(guest, "maps").certain
+        check(guest, outside(guest, "auto"), [ram], where=here)
+        for name, device in (("n1", {"driver": "nvdimm"}), ("s1", {"driver": "ivshmem-plain"})):
+            backend = {"qom-type": "memory-backend-ram", "id": name, "size": 32 * MIB, "share": True}
+            guest.monitor.execute("object-add", backend)
+            guest.monitor.execute("device_add", {**device, "id": f"d{name}", "memdev": name})
+        found = outside(guest, "auto")
+        assert found.certain
+        check(guest, found, [ram], where=here)
+        assert ramlock("inject", "--pid", guest.pid, "--guarantee", "all", timeout=60).returncode == 0
+        assert truth.locked(guest.pid).ranges == (truth.Range(here["pc.ram"], here["pc.ram"] + 64 * MIB),)
+
+
 def test_a_large_guest_among_many_mappings(need: Need) -> None:
     """1 TiB, mostly untouched, and 300 more mappings."""
     need(MICROVM, "qemu-system-x86")

@@ -98,7 +98,6 @@ def test_backends(line: str, want: Want) -> None:
         (f"{RAM} -device pc-dimm,memdev=a", "unplugged", 2),
         (f'{RAM} -device {{"driver":"pc-dimm","memdev":"a"}}', "unplugged", 2),
         (f"{RAM} -device virtio-mem-pci,memdev=a", "only the plugged part", 2),
-        (f"{RAM} -device ivshmem-plain,memdev=a", "may not be main memory", 2),
         ("-M memory-backend=b", "the backend b is not one", 0),
         ("-object memory-backend-shm,id=b,size=4M -M memory-backend=b", "the backend b is not one", 0),
         ("-readconfig /etc/vm.cfg", "a configuration file", 1),
@@ -109,6 +108,14 @@ def test_doubts(line: str, says: str, blocks: int) -> None:
     wanted = parse(line)
     assert any(says in doubt for doubt in wanted.doubts), wanted
     assert len(wanted.blocks) == blocks
+
+
+def test_devices_that_make_no_main_memory() -> None:
+    for driver in ("nvdimm", "ivshmem-plain", "virtio-pmem-pci"):
+        wanted = parse(f"{RAM} -device {driver},memdev=a")
+        assert ([want.id for want in wanted.blocks], wanted.doubts) == (["pc.ram"], [])
+        assert [want.id for want in wanted.spare] == ["a"]
+        assert wanted.uses == {"a": driver}
 
 
 def test_without_m_only_what_is_known_is_assumed() -> None:

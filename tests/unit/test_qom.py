@@ -87,24 +87,41 @@ def raw(name: str, at: int, host: int, mr: int = REGION, flags: int = 0, page: i
 
 
 def test_which_blocks_are_guest_ram() -> None:
-    used = ramlist.judge(memory("memory-backend-ram", b"\0\0\0\0\1\0").read, [raw("m", BLOCK, MIB)])
+    used = ramlist.judge(memory("memory-backend-ram", b"\0\0\0\0\1\0").read, [raw("m", BLOCK, MIB)], {"m": "machine"})
     assert ([b.id for b in used.blocks], used.certain) == (["m"], True)
-    spare = ramlist.judge(memory("memory-backend-ram").read, [raw("m", BLOCK, MIB)])
+    spare = ramlist.judge(memory("memory-backend-ram").read, [raw("m", BLOCK, MIB)], {})
     assert ([b.id for b in spare.blocks], [b.id for b in spare.others]) == ([], ["m"])
     device = memory("VGA").read
-    assert ramlist.judge(device, [raw("vga.vram", BLOCK, MIB)]).blocks == []
-    assert [b.id for b in ramlist.judge(device, [raw("pc.ram", BLOCK, MIB)]).blocks] == ["pc.ram"]
+    assert ramlist.judge(device, [raw("vga.vram", BLOCK, MIB)], {}).blocks == []
+    assert [b.id for b in ramlist.judge(device, [raw("pc.ram", BLOCK, MIB)], {}).blocks] == ["pc.ram"]
+
+
+@pytest.mark.parametrize(
+    ("uses", "more", "main"),
+    [
+        ({"m": "pc-dimm"}, [], True),
+        ({"m": "virtio-mem-pci"}, [], True),
+        ({"m": "nvdimm"}, [], False),
+        ({"m": "ivshmem-plain"}, [], False),
+        ({}, [], True),
+        ({}, [raw("pc.ram", BLOCK, 8 * MIB)], False),
+    ],
+)
+def test_what_uses_a_backend(uses: dict[str, str], more: list[ramlist.Raw], main: bool) -> None:
+    read = memory("memory-backend-ram", b"\0\0\0\0\1\0").read
+    found = ramlist.judge(read, [raw("m", BLOCK, MIB), *more], uses)
+    assert ("m" in [b.id for b in found.blocks]) == main
 
 
 def test_without_an_owner_the_name_is_a_guess() -> None:
-    found = ramlist.judge(memory("").read, [raw("pc.ram", BLOCK, MIB, mr=8), raw("pc.bios", BLOCK, 2 * MIB, mr=8)])
+    found = ramlist.judge(memory("").read, [raw("pc.ram", BLOCK, MIB, mr=8), raw("pc.bios", BLOCK, 2 * MIB, mr=8)], {})
     assert ([b.id for b in found.blocks], found.certain) == (["pc.ram"], False)
     assert "pc.ram" in found.doubt
 
 
 def test_guest_ram_that_overlaps() -> None:
     with pytest.raises(Malformed, match="overlaps"):
-        ramlist.judge(memory("VGA").read, [raw("a.ram", BLOCK, MIB), raw("b.ram", BLOCK, MIB + 4096)])
+        ramlist.judge(memory("VGA").read, [raw("a.ram", BLOCK, MIB), raw("b.ram", BLOCK, MIB + 4096)], {})
 
 
 def test_page_sizes() -> None:
