@@ -25,6 +25,7 @@ static struct {
 	Object *(*object_property_get_link)(Object *, const char *, void *errp);
 	Object *(*object_resolve_path_component)(Object *, const char *);
 	Object *(*qdev_get_machine)(void);
+	void *machine_consume_memdev; /* from 5.0, when machines' RAM became a backend */
 	_Bool (*host_memory_backend_is_mapped)(Object *);
 	MemoryRegion *(*host_memory_backend_get_memory)(Object *);
 	void *(*memory_region_get_ram_ptr)(MemoryRegion *);
@@ -45,6 +46,7 @@ void backends_init(void)
 	LOOK_UP(object_property_get_link);
 	LOOK_UP(object_resolve_path_component);
 	LOOK_UP(qdev_get_machine);
+	LOOK_UP(machine_consume_memdev);
 	LOOK_UP(host_memory_backend_is_mapped);
 	LOOK_UP(host_memory_backend_get_memory);
 	LOOK_UP(memory_region_get_ram_ptr);
@@ -141,7 +143,9 @@ void backends_find(struct backends *b)
 	    !sym.host_memory_backend_is_mapped || !sym.host_memory_backend_get_memory || !sym.memory_region_get_ram_ptr)
 		return;
 	sym.object_child_foreach(sym.object_get_objects_root(), add_backend, b);
-	judge_devices(b);
+	b->fixed = sym.machine_consume_memdev && b->n <= 1;
+	if (!b->fixed) /* this may be 1 ms where there are many devices */
+		judge_devices(b);
 }
 
 const struct backend *backends_at(const struct backends *b, const void *host)

@@ -28,6 +28,7 @@ struct backends {
 	struct backend v[RAM_BLOCKS_MAX];
 	size_t n;
 	bool spare; /* there is one that is not plugged in */
+	bool fixed; /* it is the machine's own, and no other */
 };
 
 /* Looks up QEMU's symbols. Calls nothing of QEMU. */

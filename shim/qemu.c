@@ -304,7 +304,7 @@ int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook)
 	layout_finish(l);
 	w.before = *l;
 	outlook->may_grow = w.backends.spare;
-	outlook->may_change = sym.get_plugged_memory_size ? sym.get_plugged_memory_size() : w.backends.n > 1;
+	outlook->may_change = !w.backends.fixed && (!sym.get_plugged_memory_size || sym.get_plugged_memory_size());
 	for (size_t i = 0; i < w.backends.n; i++)
 		outlook->may_change |= w.backends.v[i].use == BACKEND_VIRTIO_MEM;
 	return w.err;

@@ -8,6 +8,8 @@
  * QEMU's main loop to exist; touching QEMU before that kills the VM. Then it schedules a bottom half, which looks whether
  * the machine is complete and lists guest RAM. If it is not, the control thread schedules another one after a while:
  * a bottom half never schedules itself.
+ * A QEMU that does not export its symbols is never touched: there the controller tells what guest RAM is, which pushed.c
+ * holds against the process's own mappings, on the control thread and, before it plans, on the lock thread.
  *
  * On QEMU's own threads runs only what is in this file below "On QEMU's main thread", and enter().
  *
