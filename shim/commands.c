@@ -248,6 +248,7 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	add_size(o, "extents", s->extents);
 	add_losses(o, "lost", &s->lost);
 	add_losses(o, "repaired", &s->repaired);
+	add_size(o, "gap-filled", s->filled);
 	if (s->memlock_limit != UINT64_MAX)
 		add_size(o, "memlock-limit", s->memlock_limit);
 	if (s->state == LOCKER_SHORT)

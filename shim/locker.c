@@ -14,6 +14,7 @@
  * is never held over a system call on guest RAM, nor over file reading.
  */
 #include "locker_inside.h"
+#include "residency.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -25,6 +26,7 @@
 
 static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
 static const uint64_t STOP_WAIT_NS = NS_PER_S; /* the longest that the control thread waits for a step */
+static const uint64_t RATE_NS = 250 * NS_PER_MS;
 static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
 static const char *const state_names[] = {
 	[LOCKER_WAITING] = "waiting",	  [LOCKER_IDLE] = "idle",   [LOCKER_LOCKING] = "locking",
@@ -98,12 +100,26 @@ bool locker_next_gone(const struct locker *l, struct range *r)
 	return true;
 }
 
+/* Enters into @s what is known of the block that it lies in. */
+static void describe(const struct locker *l, struct step *s, const struct ram_block *b)
+{
+	s->page_size = b->page_size;
+	s->mergeable = b->mergeable;
+	s->host_reserve = l->wish.host_reserve;
+	s->hugetlb = b->backing == BACKING_HUGETLB;
+	s->shared = b->shared;
+	s->prefault = l->wish.prefault;
+	s->threads = l->wish.threads;
+}
+
+/* Chooses the range to work on next; step_size() will make it smaller. */
 static void choose(struct locker *l, struct step *s)
 {
 	uint64_t want, need, held = l->books.held.total;
+	const struct ram_block *b;
 	bool foreign;
 
-	*s = (struct step){ .kind = STEP_NONE, .prefault = l->wish.prefault, .host_reserve = l->wish.host_reserve };
+	*s = (struct step){ .kind = STEP_NONE };
 	if (!l->known)
 		return;
 	if (locker_next_gone(l, &s->r)) {
@@ -112,14 +128,11 @@ static void choose(struct locker *l, struct step *s)
 	}
 	want = locker_target(l);
 	if (held < want) {
-		const struct ram_block *b;
-		uint64_t chunk = l->wish.prefault ? PACER_CHUNK : PACER_CHUNK_ON_FAULT;
-
 		if (l->suspended) {
 			s->kind = STEP_SUSPENDED;
 			return;
 		}
-		if (!plan_is_current(l) || !plan_take(&l->plan, &l->layout, chunk, &s->r)) {
+		if (!plan_is_current(l) || !plan_peek(&l->plan, &l->layout, &s->r)) {
 			s->kind = STEP_PLAN;
 			return;
 		}
@@ -129,38 +142,32 @@ static void choose(struct locker *l, struct step *s)
 		}
 		s->kind = STEP_LOCK;
 		b = layout_find(&l->layout, s->r);
-		s->hugetlb = b->backing == BACKING_HUGETLB;
-		s->shared = b->shared;
+		describe(l, s, b);
+		s->resident = l->plan.resident;
+		s->fills = l->plan.fills;
 		need = (want - held + b->page_size - 1) / b->page_size * b->page_size;
 		if (range_size(s->r) > need)
 			s->r.end = s->r.start + need;
 		return;
 	}
-	if (held > want && books_newest(&l->books, &l->layout, held - want, PACER_CHUNK, &s->r, &foreign)) {
-		const struct ram_block *b = layout_find(&l->layout, s->r);
-
+	if (held > want && books_newest(&l->books, &l->layout, held - want, PACER_CHUNK_MAX_ABSENT, &s->r, &foreign)) {
 		s->kind = foreign ? STEP_FORGET : STEP_UNLOCK;
-		s->mergeable = b && b->mergeable;
+		describe(l, s, layout_find(&l->layout, s->r));
+		s->resident = !extents_overlap(&l->books.on_fault, s->r);
 		return;
 	}
 	if (l->wish.prefault && l->books.on_fault.total) {
-		const struct ram_block *b;
-		uint64_t chunk = PACER_CHUNK;
-
 		if (l->suspended) {
 			s->kind = STEP_SUSPENDED;
 			return;
 		}
-		s->kind = STEP_POPULATE;
 		extents_part(&l->books.on_fault, (struct range){ 0, UINT64_MAX }, &s->r);
 		b = layout_find(&l->layout, (struct range){ s->r.start, s->r.start + 1 });
-		if (b && b->page_size > chunk)
-			chunk = b->page_size;
-		if (range_size(s->r) > chunk)
-			s->r.end = s->r.start / chunk * chunk + chunk;
-		s->hugetlb = b && b->backing == BACKING_HUGETLB;
-		s->shared = b && b->shared;
-		if (b && s->r.end > b->host.end) /* two blocks side by side */
+		if (!b)
+			return; /* the books are within the layout */
+		s->kind = STEP_POPULATE;
+		describe(l, s, b);
+		if (s->r.end > b->host.end) /* two blocks side by side */
 			s->r.end = b->host.end;
 	}
 }
@@ -182,14 +189,13 @@ static bool is_stale(struct residency *r)
 	return stale;
 }
 
-/* mincore(2) says for file mappings that we may not write that all is resident; that costs order, not truth. */
-static int find_residency(void *opaque, uint64_t start, uint64_t len, unsigned char *vec)
+static int find_residency(void *opaque, struct range r, struct range *runs, size_t max, uint64_t *upto)
 {
-	if (is_stale(opaque))
+	struct residency *looker = opaque;
+
+	if (is_stale(looker))
 		return -ECANCELED;
-	if (mincore((void *)(uintptr_t)start, len, vec))
-		memset(vec, 0, len / 4096); /* unmapped meanwhile: nothing to prefer here */
-	return 0;
+	return (int)residency_list(looker->locker->stepper.pagemap, RESIDENCY_PRESENT, r, runs, max, upto);
 }
 
 /* Has guest RAM looked at, with the mutex given up meanwhile. Returns whether it was found changed. */
@@ -240,8 +246,11 @@ static enum shortage make_plan(struct locker *l)
 			plan_clear(&l->plan);
 		l->plan_resident_done = !err;
 	}
-	if (!l->plan.n && !is_stale(&r))
+	if (!l->plan.n && !is_stale(&r)) {
 		plan_address(&l->plan, &layout, &held, need);
+		/* Where no more runs may be had, gaps are what is left, though there may be resident pages elsewhere. */
+		l->plan.fills = order == ORDER_RESIDENT && held.n >= PLAN_EXTENTS_MAX;
+	}
 	runs = headroom_mappings(&l->stepper.headroom, held.n) / 2; /* each run splits a mapping twice at most */
 	if (l->plan.n > runs)
 		l->plan.n = (size_t)runs;
@@ -261,23 +270,40 @@ static enum shortage make_plan(struct locker *l)
 
 static void account(struct locker *l, const struct step *s, const struct outcome *o, bool gone)
 {
-	if (s->kind == STEP_LET_GO) {
-		extents_remove(&l->books.gone, s->r);
+	for (size_t i = 0; i < o->n_holds; i++)
+		pacer_record(&l->pacer, o->holds[i]);
+	if (!range_size(o->done))
 		return;
-	}
-	if (!layout_find(&l->layout, s->r)) {
-		/* Unplugged while the step ran. The lock goes with the mapping, if that goes. */
-		if (s->kind == STEP_LOCK && !o->foreign && !s->hugetlb && !gone)
-			extents_add(&l->books.gone, s->r);
+	if (s->kind == STEP_LET_GO) {
+		extents_remove(&l->books.gone, o->done);
 		return;
 	}
 	if (s->kind == STEP_LOCK)
-		books_add(&l->books, s->r, o->foreign, !s->prefault);
+		plan_advance(&l->plan, o->done.end);
+	if (!layout_find(&l->layout, o->done)) {
+		/* Unplugged while the step ran. The lock goes with the mapping, if that goes. */
+		if (s->kind == STEP_LOCK && !o->foreign && !s->hugetlb && !gone)
+			extents_add(&l->books.gone, o->done);
+		return;
+	}
+	if (s->kind == STEP_LOCK)
+		books_add(&l->books, o->done, o->foreign, !s->prefault);
 	else if (s->kind == STEP_POPULATE)
-		books_populated(&l->books, s->r);
+		books_populated(&l->books, o->done);
 	else
-		books_remove(&l->books, s->r);
-	l->done_bytes += range_size(s->r);
+		books_remove(&l->books, o->done);
+	l->done_bytes += range_size(o->done);
+	l->filled += o->filled < range_size(o->done) ? o->filled : range_size(o->done);
+}
+
+/* How fast it goes lately, for the time that is left: an average of all would take long to notice a change. */
+static void note_rate(struct locker *l, uint64_t now)
+{
+	if (now - l->rate_ns < RATE_NS)
+		return;
+	l->rate = (uint64_t)((double)(l->done_bytes - l->rate_bytes) * NS_PER_S / (double)(now - l->rate_ns));
+	l->rate_ns = now;
+	l->rate_bytes = l->done_bytes;
 }
 
 static void go_short(struct locker *l, enum shortage why, const char *text)
@@ -319,19 +345,20 @@ static void settle(struct locker *l)
 }
 
 /* Carries out one step with the mutex given up meanwhile. */
-static void carry_out(struct locker *l, const struct step *s)
+static void carry_out(struct locker *l, struct step *s)
 {
 	struct outcome o;
-	uint64_t began = 0, took = 0, generation = l->generation, layout_generation = l->layout_generation;
+	uint64_t now, longest = 0, generation = l->generation, layout_generation = l->layout_generation;
 	enum locker_state working =
 		s->kind == STEP_LOCK || s->kind == STEP_POPULATE ? LOCKER_LOCKING : LOCKER_UNLOCKING;
-	struct timespec gap;
 	bool admitted, gone = false;
 
 	if (l->state != LOCKER_SHORT) /* it is, until a step has worked */
 		l->state = working;
+	l->stepper.pace.budget_ns = (uint64_t)l->wish.hold_budget_us * NS_PER_US;
 	/* This reads files, and may take its time; so the step is in flight only after it. */
 	pthread_mutex_unlock(&l->mutex);
+	step_size(&l->stepper, s);
 	admitted = step_admit(&l->stepper, s, &o);
 	pthread_mutex_lock(&l->mutex);
 	if (admitted) {
@@ -339,19 +366,19 @@ static void carry_out(struct locker *l, const struct step *s)
 			l->state = working;
 			return; /* decide again */
 		}
+		atomic_store(&l->stepper.cancel, false);
 		l->in_flight = s->r;
 		l->in_flight_gone = false;
 		l->n_steps++;
 		pthread_mutex_unlock(&l->mutex);
 
-		began = now_ns();
 		step_carry_out(&l->stepper, s, &o);
-		took = now_ns() - began;
 
 		pthread_mutex_lock(&l->mutex);
 		l->in_flight = (struct range){ 0, 0 };
 		gone = l->in_flight_gone;
 		pthread_cond_broadcast(&l->step_done);
+		account(l, s, &o, gone);
 	}
 	if (o.shortage) {
 		l->plan_valid = false;
@@ -361,18 +388,21 @@ static void carry_out(struct locker *l, const struct step *s)
 			l->state = working; /* a new wish, or other RAM, deserves a try of its own */
 		return;
 	}
-	account(l, s, &o, gone);
 	l->state = working;
 	l->shortage = SHORTAGE_NONE;
 	l->retry_ns = RETRY_MIN_NS;
-	pacer_record(&l->pacer, took);
-	if (began + took - l->progress_ns >= PROGRESS_NS) {
-		l->progress_ns = began + took;
+	now = now_ns();
+	note_rate(l, now);
+	if (now - l->progress_ns >= PROGRESS_NS) {
+		l->progress_ns = now;
 		locker_raise_event(l, LOCKER_PROGRESS);
 	}
+	if (!o.n_holds)
+		return;
+	for (size_t i = 0; i < o.n_holds; i++)
+		longest = o.holds[i] > longest ? o.holds[i] : longest;
 	pthread_mutex_unlock(&l->mutex);
-	gap = timespec_of(pacer_gap(took));
-	nanosleep(&gap, NULL); /* lets a waiting writer of mmap_lock in */
+	step_rest(&l->stepper, longest);
 	pthread_mutex_lock(&l->mutex);
 }
 
@@ -462,6 +492,7 @@ void *locker_run(void *arg)
 	l->ended = true;
 	pthread_cond_broadcast(&l->step_done);
 	pthread_mutex_unlock(&l->mutex);
+	workers_stop(&l->stepper.workers);
 	return NULL;
 }
 
@@ -472,6 +503,7 @@ int locker_stop(struct locker *l)
 
 	pthread_mutex_lock(&l->mutex);
 	l->stop = true;
+	atomic_store(&l->stepper.cancel, true);
 	pthread_cond_signal(&l->wake);
 	while (!l->ended && !err)
 		err = locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;

@@ -90,6 +90,9 @@ struct locker {
 	struct pacer pacer;
 	uint64_t began_ns, ended_ns; /* work since the guarantee was set */
 	uint64_t done_bytes;
+	uint64_t filled; /* bytes allocated only because they lay between resident pages */
+	uint64_t rate; /* bytes per second lately; 0 until it is known */
+	uint64_t rate_ns, rate_bytes; /* when, and with how many bytes done, that was taken */
 	uint64_t progress_ns; /* time of the last progress event */
 
 	/* The thread's own. */
@@ -181,7 +184,7 @@ struct locker_status {
 	uint64_t left_out; /* as in struct ram_layout */
 	struct locker_block blocks[RAM_BLOCKS_MAX];
 	size_t n_blocks;
-	uint64_t step_max_us, step_p99_us, rate, eta_s, extents;
+	uint64_t step_max_us, step_p99_us, rate, eta_s, extents, filled;
 	uint64_t memlock_limit; /* UINT64_MAX: unlimited */
 	uint64_t counted; /* what VmLck must show at least */
 	struct losses lost, repaired; /* since the start */

@@ -4,7 +4,56 @@
 
 #include <string.h>
 
-enum { GAP_MIN_NS = 20 * 1000, GAP_MAX_NS = 1000 * 1000 };
+enum { GAP_MIN_NS = 1000, GAP_MAX_NS = 1000 * 1000 };
+
+static const uint64_t ATTOS_PER_NS = 1000 * 1000 * 1000;
+/* Below this the time is the system call's, not the bytes'. */
+static const uint64_t COST_MIN = 1;
+
+/* First guesses, on the slow side: a step that is too short harms nobody. In attoseconds per byte; 10^9 is 1 GB/s. */
+static const uint64_t first_costs[PACE_KINDS] = {
+	[PACE_LOCK] = 80 * 1000 * 1000,
+	[PACE_MARK] = 1000 * 1000,
+	[PACE_UNLOCK] = 80 * 1000 * 1000,
+	[PACE_CONFIRM] = 40 * 1000 * 1000,
+	[PACE_FILL] = 1000 * 1000 * 1000,
+	[PACE_SWAP_IN] = 8ULL * 1000 * 1000 * 1000,
+};
+
+void pace_init(struct pace *p)
+{
+	p->budget_ns = 500 * 1000;
+	memcpy(p->cost, first_costs, sizeof(p->cost));
+}
+
+uint64_t pace_bytes(const struct pace *p, enum pace_kind kind)
+{
+	const uint64_t max = kind == PACE_MARK ? PACER_CHUNK_MAX_ABSENT : PACER_CHUNK_MAX;
+	uint64_t bytes = p->budget_ns * ATTOS_PER_NS / p->cost[kind];
+
+	if (bytes < PACER_CHUNK_MIN)
+		return PACER_CHUNK_MIN;
+	return bytes < max ? bytes : max;
+}
+
+uint64_t pace_expect(const struct pace *p, enum pace_kind kind, uint64_t bytes)
+{
+	return (uint64_t)((double)bytes * (double)p->cost[kind] / (double)ATTOS_PER_NS);
+}
+
+void pace_learn(struct pace *p, enum pace_kind kind, uint64_t bytes, uint64_t wall_ns, uint64_t cpu_ns)
+{
+	uint64_t ns = cpu_ns > wall_ns / 4 ? cpu_ns : wall_ns / 4, cost = p->cost[kind], seen;
+
+	if (bytes < PACER_CHUNK_MIN)
+		return; /* that tells more of the system call than of the bytes */
+	seen = (uint64_t)((double)ns * (double)ATTOS_PER_NS / (double)bytes);
+	if (seen > cost)
+		cost = seen / 4 < cost ? seen : cost * 4;
+	else
+		cost = cost / 2 + seen / 2;
+	p->cost[kind] = cost > COST_MIN ? cost : COST_MIN;
+}
 
 /* Values below 4 have a bucket each; above, the two bits below the highest one choose among four. */
 static unsigned int bucket_of(uint64_t us)

@@ -5,14 +5,48 @@
 
 #include <stdint.h>
 
-/*
- * mlock() and munlock() hold the process's mmap_lock for writing while they walk the resident pages, and populating
- * holds it for reading: a short step is a short wait for every other thread that maps memory or takes a page fault.
- * 2 MiB is one huge page, and measured at 0.3 ms when resident.
- */
+/* One huge page. Locks and unlocks end at its multiples, so that huge pages, present and future, stay whole. */
 enum { PACER_CHUNK = 2 << 20 };
-/* An on-fault lock touches only pages that are there already, so its steps may be longer. */
-enum { PACER_CHUNK_ON_FAULT = 16 << 20 };
+
+/*
+ * Below the smallest chunk the system call itself is what takes the time; above the largest, one misjudgement would be
+ * a long stall. Marking pages that are not there costs next to nothing, whatever their number.
+ */
+enum { PACER_CHUNK_MIN = 64 << 10, PACER_CHUNK_MAX = 64 << 20 };
+#define PACER_CHUNK_MAX_ABSENT (16ULL << 30)
+
+/* What a byte can cost; orders of magnitude lie between them. */
+enum pace_kind {
+	PACE_LOCK, /* mlock2() of pages that are there: holds mmap_lock for writing, as the next two */
+	PACE_MARK, /* ... of pages that are not */
+	PACE_UNLOCK, /* munlock() of pages that are there */
+	PACE_CONFIRM, /* populating pages that are there: holds mmap_lock for reading, as the next two */
+	PACE_FILL, /* ... that are absent */
+	PACE_SWAP_IN, /* ... that are in swap */
+	PACE_KINDS,
+};
+
+/* What a byte costs, as learnt from the steps before. */
+struct pace {
+	uint64_t budget_ns; /* the hold budget: how long one system call may keep mmap_lock */
+	uint64_t cost[PACE_KINDS]; /* in attoseconds per byte */
+};
+
+void pace_init(struct pace *p);
+
+/* Bytes of @kind that fit in the hold budget, from PACER_CHUNK_MIN to PACER_CHUNK_MAX (for PACE_MARK: _ABSENT). */
+uint64_t pace_bytes(const struct pace *p, enum pace_kind kind);
+
+/* How long @bytes of @kind should take, in nanoseconds. */
+uint64_t pace_expect(const struct pace *p, enum pace_kind kind, uint64_t bytes);
+
+/*
+ * Learns that @bytes, mainly of @kind, took @wall_ns, of which this thread had the processor for @cpu_ns. What a
+ * preemption took is none of the step's cost; but a step that sleeps, for a disk, is long all the same, so a quarter of
+ * the wall time counts too. Slower than thought is believed at once, but at most four times: so one mad figure is
+ * forgotten after a few steps. Faster than thought is half believed.
+ */
+void pace_learn(struct pace *p, enum pace_kind kind, uint64_t bytes, uint64_t wall_ns, uint64_t cpu_ns);
 
 /* Four buckets for each power of two of microseconds. */
 enum { PACER_BUCKETS = 4 * 33 };
@@ -25,13 +59,13 @@ struct pacer {
 
 void pacer_reset(struct pacer *p);
 
-/* Notes a step that took @ns nanoseconds. */
+/* Notes a hold of @ns nanoseconds. */
 void pacer_record(struct pacer *p, uint64_t ns);
 
-/* Nanoseconds to leave mmap_lock alone after a step of @ns, so that a waiting writer gets in: 5 % of the step. */
+/* Nanoseconds to leave mmap_lock alone after a hold of @ns, so that a waiting writer gets in: 5 % of it. */
 uint64_t pacer_gap(uint64_t ns);
 
-/* The 99th percentile of the steps in microseconds, at most 25 % too high; 0 before the first step. */
+/* The 99th percentile of the holds in microseconds, at most 25 % too high; 0 before the first one. */
 uint64_t pacer_p99_us(const struct pacer *p);
 
 #endif

@@ -4,7 +4,7 @@
 
 #include <stdlib.h>
 
-enum { PAGE = 4096 };
+enum { PLAN_RUNS = 64 };
 
 static uint64_t round_up(uint64_t v, uint64_t to)
 {
@@ -20,96 +20,116 @@ void plan_clear(struct plan *p)
 {
 	p->n = 0;
 	p->next = 0;
+	p->resident = p->fills = false;
 }
 
-/* A min-heap of the longest runs seen so far: the shortest of them is at the top and leaves first. */
-struct longest {
-	struct range *v;
-	size_t n;
-	size_t max;
+enum { FOUND_MAX = 2 * PLAN_EXTENTS_MAX };
+
+/* A run of resident pages, and of gaps between them that are to be filled. */
+struct found_run {
+	struct range r;
+	bool fills;
 };
 
-static void swap(struct range *a, struct range *b)
-{
-	struct range t = *a;
+/* The runs found so far, ascending. */
+struct found {
+	struct found_run v[FOUND_MAX];
+	size_t n;
+	size_t max; /* of what may be left in the end */
+};
 
-	*a = *b;
-	*b = t;
+static int smaller_first(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return (x > y) - (x < y);
 }
 
-static void longest_offer(struct longest *h, struct range r)
+/* Whether the gap between two runs is guest RAM of one block, and nothing in it is locked. */
+static bool may_fill(const struct found_run *a, const struct found_run *b, const struct ram_layout *l,
+		     const struct extents *locked)
 {
-	size_t i;
+	return layout_find(l, (struct range){ a->r.start, b->r.end }) &&
+	       !extents_overlap(locked, (struct range){ a->r.end, b->r.start });
+}
 
-	if (h->n < h->max) {
-		i = h->n++;
-		h->v[i] = r;
-		while (i && range_size(h->v[i]) < range_size(h->v[(i - 1) / 2])) {
-			swap(&h->v[i], &h->v[(i - 1) / 2]);
-			i = (i - 1) / 2;
+/* Fills the smallest gaps within blocks until @max runs are left, or no gap is. */
+static void fill_gaps(struct found *f, const struct ram_layout *l, const struct extents *locked)
+{
+	uint64_t gaps[FOUND_MAX], most;
+	size_t n = 0, excess, kept = 0;
+
+	if (f->n <= f->max)
+		return;
+	for (size_t i = 1; i < f->n; i++)
+		if (may_fill(&f->v[i - 1], &f->v[i], l, locked))
+			gaps[n++] = f->v[i].r.start - f->v[i - 1].r.end;
+	if (!n)
+		return;
+	qsort(gaps, n, sizeof(gaps[0]), smaller_first);
+	excess = f->n - f->max;
+	most = gaps[excess < n ? excess - 1 : n - 1];
+	for (size_t i = 1; i < f->n; i++) {
+		struct found_run *last = &f->v[kept];
+
+		if (excess && f->v[i].r.start - last->r.end <= most && may_fill(last, &f->v[i], l, locked)) {
+			last->r.end = f->v[i].r.end;
+			last->fills = true;
+			excess--;
+		} else {
+			f->v[++kept] = f->v[i];
 		}
-		return;
 	}
-	if (!h->max || range_size(r) <= range_size(h->v[0]))
-		return;
-	h->v[0] = r;
-	for (i = 0;;) {
-		size_t least = i;
-
-		for (size_t child = 2 * i + 1; child <= 2 * i + 2 && child < h->n; child++)
-			if (range_size(h->v[child]) < range_size(h->v[least]))
-				least = child;
-		if (least == i)
-			return;
-		swap(&h->v[i], &h->v[least]);
-		i = least;
-	}
+	f->n = kept + 1;
 }
 
-/* Offers the resident run [start, end), shrunk to whole pages of its block. */
-static void offer_run(struct longest *h, const struct ram_block *b, uint64_t start, uint64_t end)
+/* Adds the resident run @r, shrunk to whole pages of its block. */
+static void add_run(struct found *f, const struct ram_layout *l, const struct extents *locked,
+		    const struct ram_block *b, struct range r)
 {
-	struct range r = {
-		.start = b->host.start + round_up(start - b->host.start, b->page_size),
-		.end = b->host.start + round_down(end - b->host.start, b->page_size),
-	};
-
-	if (r.start < r.end)
-		longest_offer(h, r);
+	r.start = b->host.start + round_up(r.start - b->host.start, b->page_size);
+	r.end = b->host.start + round_down(r.end - b->host.start, b->page_size);
+	if (r.start >= r.end)
+		return;
+	if (f->n == FOUND_MAX)
+		fill_gaps(f, l, locked);
+	if (f->n < FOUND_MAX)
+		f->v[f->n++] = (struct found_run){ r, false };
 }
 
-/* Finds the resident runs in @gap, a part of @b. */
-static int scan_gap(struct longest *h, const struct ram_block *b, struct range gap, plan_residency_fn *residency,
-		    void *opaque)
+static int scan_gap(struct found *f, const struct ram_layout *l, const struct extents *locked,
+		    const struct ram_block *b, struct range gap, plan_residency_fn *residency, void *opaque)
 {
-	static unsigned char vec[PLAN_PIECE / PAGE]; /* only the lock thread plans */
-	uint64_t run = 0; /* where the open run began; 0: none is open */
+	struct range open = { 0, 0 }; /* a run that may go on in the next piece */
 
-	for (uint64_t at = gap.start; at < gap.end; at += PLAN_PIECE) {
-		uint64_t len = gap.end - at < PLAN_PIECE ? gap.end - at : PLAN_PIECE;
-		int err = residency(opaque, at, len, vec);
+	while (gap.start < gap.end) {
+		struct range runs[PLAN_RUNS];
+		int n = residency(opaque, gap, runs, PLAN_RUNS, &gap.start);
 
-		if (err)
-			return err;
-		for (uint64_t i = 0; i < len / PAGE; i++) {
-			if ((vec[i] & 1) && !run) {
-				run = at + i * PAGE;
-			} else if (!(vec[i] & 1) && run) {
-				offer_run(h, b, run, at + i * PAGE);
-				run = 0;
+		if (n < 0)
+			return n;
+		for (int i = 0; i < n; i++) {
+			if (open.end == runs[i].start && range_size(open)) {
+				open.end = runs[i].end;
+				continue;
 			}
+			if (range_size(open))
+				add_run(f, l, locked, b, open);
+			open = runs[i];
 		}
 	}
-	if (run)
-		offer_run(h, b, run, gap.end);
+	if (range_size(open))
+		add_run(f, l, locked, b, open);
 	return 0;
 }
 
-static int longer_first(const void *a, const void *b)
+/* Those that need no filling before the others, the longest first. */
+static int cheaper_first(const void *a, const void *b)
 {
-	uint64_t x = range_size(*(const struct range *)a), y = range_size(*(const struct range *)b);
+	const struct found_run *x = a, *y = b;
+	uint64_t xs = range_size(x->r), ys = range_size(y->r);
 
-	return (x < y) - (x > y);
+	return x->fills != y->fills ? x->fills - y->fills : (xs < ys) - (xs > ys);
 }
 
 static int by_address(const void *a, const void *b)
@@ -133,24 +153,29 @@ static uint64_t append(struct plan *p, const struct ram_layout *l, struct range 
 int plan_resident(struct plan *p, const struct ram_layout *l, const struct extents *locked, uint64_t need,
 		  plan_residency_fn *residency, void *opaque)
 {
-	struct range found[PLAN_EXTENTS_MAX] = { { 0, 0 } };
-	struct longest h = { .v = found, .max = locked->n < PLAN_EXTENTS_MAX ? PLAN_EXTENTS_MAX - locked->n : 0 };
+	static struct found f; /* only the lock thread plans */
 
 	plan_clear(p);
-	for (size_t i = 0; i < l->n && h.max; i++) {
+	f.n = 0;
+	f.max = locked->n < PLAN_EXTENTS_MAX ? PLAN_EXTENTS_MAX - locked->n : 0;
+	for (size_t i = 0; i < l->n && f.max; i++) {
 		struct range rest = l->v[i].host, gap;
 
 		for (; extents_gap(locked, rest, &gap); rest.start = gap.end) {
-			int err = scan_gap(&h, &l->v[i], gap, residency, opaque);
+			int err = scan_gap(&f, l, locked, &l->v[i], gap, residency, opaque);
 
 			if (err)
 				return err;
 		}
 	}
-	qsort(found, h.n, sizeof(found[0]), longer_first);
-	for (size_t i = 0; i < h.n && need; i++)
-		need = append(p, l, found[i], need);
+	fill_gaps(&f, l, locked);
+	qsort(f.v, f.n, sizeof(f.v[0]), cheaper_first);
+	for (size_t i = 0; i < f.n && i < f.max && need; i++) {
+		need = append(p, l, f.v[i].r, need);
+		p->fills |= f.v[i].fills;
+	}
 	qsort(p->runs, p->n, sizeof(p->runs[0]), by_address);
+	p->resident = !p->fills;
 	return 0;
 }
 
@@ -165,26 +190,17 @@ void plan_address(struct plan *p, const struct ram_layout *l, const struct exten
 	}
 }
 
-bool plan_take(struct plan *p, const struct ram_layout *l, uint64_t chunk, struct range *out)
+bool plan_peek(struct plan *p, const struct ram_layout *l, struct range *r)
 {
-	while (p->next < p->n) {
-		struct range *r = &p->runs[p->next];
-		const struct ram_block *b = layout_find(l, *r);
-
-		if (!b) { /* unplugged since the plan was made */
-			p->next++;
-			continue;
-		}
-		if (b->page_size > chunk)
-			chunk = b->page_size;
-		*out = *r;
-		if (range_size(*r) > chunk) {
-			out->end = round_down(r->start + chunk, chunk);
-			r->start = out->end;
-		} else {
-			p->next++;
-		}
-		return true;
+	for (; p->next < p->n; p->next++) {
+		*r = p->runs[p->next];
+		if (r->start < r->end && layout_find(l, *r)) /* not unplugged since the plan was made */
+			return true;
 	}
 	return false;
+}
+
+void plan_advance(struct plan *p, uint64_t end)
+{
+	p->runs[p->next].start = end;
 }

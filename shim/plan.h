@@ -17,33 +17,34 @@ enum { PLAN_EXTENTS_MAX = 256 };
 struct plan {
 	struct range runs[PLAN_EXTENTS_MAX];
 	size_t n;
-	size_t next; /* the run that plan_take() cuts from */
+	size_t next; /* the run that plan_peek() cuts from */
+	bool resident; /* the runs hold resident pages alone */
+	bool fills; /* the runs have gaps, filled so that there are not too many runs */
 };
 
 /*
- * Tells which pages of [start, start + len) are resident: bit 0 of vec[i] for the i-th 4 KiB page, as mincore(2) does.
- * Returns 0 or -errno; -ECANCELED when the plan is not wanted any more.
+ * Lists up to @max runs of resident pages of @r, from its start on, in ascending order; *upto is how far it looked.
+ * Returns their number or -errno; -ECANCELED when the plan is not wanted any more.
  */
-typedef int plan_residency_fn(void *opaque, uint64_t start, uint64_t len, unsigned char *vec);
+typedef int plan_residency_fn(void *opaque, struct range r, struct range *runs, size_t max, uint64_t *upto);
 
 void plan_clear(struct plan *p);
 
 /*
- * Plans up to @need bytes of resident pages that are not in @locked: the longest runs first, so that the locked
- * extents stay below PLAN_EXTENTS_MAX, then in address order. Looks at most PLAN_PIECE bytes per call of @residency.
+ * Plans up to @need bytes of resident pages that are not in @locked. Where they lie in more runs than are left of
+ * PLAN_EXTENTS_MAX, the smallest gaps between them are filled. Runs that need no filling come first, then the longest.
  * Returns 0 or what @residency returned.
  */
-enum { PLAN_PIECE = 64 << 20 };
 int plan_resident(struct plan *p, const struct ram_layout *l, const struct extents *locked, uint64_t need,
 		  plan_residency_fn *residency, void *opaque);
 
 /* Plans up to @need bytes that are not in @locked, in address order. */
 void plan_address(struct plan *p, const struct ram_layout *l, const struct extents *locked, uint64_t need);
 
-/*
- * Cuts the next chunk, at most @chunk bytes and, where it can, ending at a multiple of @chunk so that huge pages stay
- * whole. @chunk is a power of two, and raised to the page size of the block. Returns false when the plan is used up.
- */
-bool plan_take(struct plan *p, const struct ram_layout *l, uint64_t chunk, struct range *out);
+/* The rest of the first run that is not used up. Returns false when there is none. */
+bool plan_peek(struct plan *p, const struct ram_layout *l, struct range *r);
+
+/* What lies before @end, in the run of plan_peek(), is done. */
+void plan_advance(struct plan *p, uint64_t end);
 
 #endif

@@ -1,10 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What the lock thread tells: its status and its events. Any thread but the locker's. */
 #include "locker_inside.h"
+#include "residency.h"
 
 #include <string.h>
-
-enum { ABSENT_PIECE = 32 << 20 }; /* bytes that are looked at in one system call */
 
 uint64_t locker_count_absent(const struct locker *l, const struct extents *on_fault, struct range r)
 {
@@ -12,9 +11,8 @@ uint64_t locker_count_absent(const struct locker *l, const struct extents *on_fa
 	struct range part;
 
 	for (; extents_part(on_fault, r, &part); r.start = part.end)
-		for (uint64_t at = part.start; at < part.end; at += ABSENT_PIECE)
-			absent += audit_absent(l->stepper.pagemap,
-					       (struct range){ at, part.end - at < ABSENT_PIECE ? part.end : at + ABSENT_PIECE });
+		absent += range_size(part) -
+			  residency_count(l->stepper.pagemap, RESIDENCY_PRESENT, part, range_size(part));
 	return absent;
 }
 
@@ -22,7 +20,7 @@ uint64_t locker_count_absent(const struct locker *l, const struct extents *on_fa
 static void copy_status(const struct locker *l, struct locker_status *s, struct extents *on_fault)
 {
 	uint64_t end = l->ended_ns ? l->ended_ns : now_ns();
-	uint64_t want = locker_target(l);
+	uint64_t want = locker_target(l), lately;
 	uint64_t left = want > l->books.held.total ? want - l->books.held.total : l->books.held.total - want;
 
 	s->wish = l->wish;
@@ -44,7 +42,11 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 	s->step_max_us = l->pacer.max_us;
 	s->step_p99_us = pacer_p99_us(&l->pacer);
 	s->rate = end > l->began_ns ? (uint64_t)((double)l->done_bytes * NS_PER_S / (double)(end - l->began_ns)) : 0;
-	s->eta_s = s->rate ? (left + s->rate - 1) / s->rate : 0;
+	if (l->wish.prefault && want >= l->books.held.total)
+		left += l->books.on_fault.total; /* is populated last */
+	lately = l->rate ? l->rate : s->rate;
+	s->eta_s = lately ? (left + lately - 1) / lately : 0;
+	s->filled = l->filled;
 	/* A step in flight may have been counted by the kernel already. */
 	s->foreign = books_in_vm_locked(&l->books, &l->layout) + range_size(l->in_flight);
 	s->counted = range_size(l->in_flight) ? 0 : upkeep_expected(l);

@@ -5,10 +5,15 @@
  * A step locks with mlock2(MLOCK_ONFAULT), which only marks the mapping and walks the pages that are there, and then
  * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
  * same with worse holds. When both have returned 0, the pages were seen resident under a lock.
+ *
+ * Each of these system calls is sized to take about the hold budget (step_size). Locking and populating the same bytes
+ * can differ by orders of magnitude, so a range is locked at once and populated in pieces, with a rest between them, by
+ * one thread or several; it is at least a huge page, because a page that lies across the end of a lock cannot be huge.
  */
 #include "step.h"
 
 #include "fd.h"
+#include "residency.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -63,22 +68,34 @@ static void explain_rlimit(struct outcome *o, uint64_t limit)
 		 limit / 1024);
 }
 
-/* Whether @cost bytes may be allocated for @s. */
-static bool afford(struct stepper *st, const struct step *s, uint64_t cost, struct outcome *o)
+static struct headroom_ask ask_for(const struct stepper *st, const struct step *s)
 {
-	const struct headroom_ask ask = {
+	return (struct headroom_ask){
 		.reserve = s->host_reserve,
 		.nodes = numa_bound(&st->headroom.numa, s->r.start),
 		.now_ns = now_ns(),
 	};
+}
+
+/* Takes @cost from the credit, if that is good for it. */
+static bool take_credit(struct stepper *st, const struct headroom_ask *ask, uint64_t cost)
+{
+	if (cost > st->credit || ask->now_ns >= st->credit_until_ns || ask->nodes != st->credit_nodes)
+		return false;
+	st->credit -= cost;
+	headroom_spend(&st->headroom, cost);
+	return true;
+}
+
+/* Whether @cost bytes may be allocated for @s. */
+static bool afford(struct stepper *st, const struct step *s, uint64_t cost, struct outcome *o)
+{
+	const struct headroom_ask ask = ask_for(st, s);
 	uint64_t left;
 	enum shortage why;
 
-	if (cost <= st->credit && ask.now_ns < st->credit_until_ns && ask.nodes == st->credit_nodes) {
-		st->credit -= cost;
-		headroom_spend(&st->headroom, cost);
+	if (take_credit(st, &ask, cost))
 		return true;
-	}
 	left = headroom_memory(&st->headroom, &ask, &why);
 	left = left > st->owed ? left - st->owed : 0;
 	st->credit = left / 8;
@@ -86,11 +103,8 @@ static bool afford(struct stepper *st, const struct step *s, uint64_t cost, stru
 	st->credit_nodes = ask.nodes;
 	if (st->credit < cost)
 		st->credit = left / 2 >= cost ? cost : 0;
-	if (cost <= st->credit) {
-		st->credit -= cost;
-		headroom_spend(&st->headroom, cost);
+	if (take_credit(st, &ask, cost))
 		return true;
-	}
 	o->shortage = why;
 	headroom_explain(&st->headroom, why, left, o->text, sizeof(o->text));
 	return false;
@@ -98,15 +112,17 @@ static bool afford(struct stepper *st, const struct step *s, uint64_t cost, stru
 
 /*
  * Bytes of @s that locking will allocate. Only pages that are certainly there cost nothing: pages of our own in anonymous
- * memory, or any in a shared mapping. mincore() is not enough: it also counts the zero page, which a write replaces,
- * and the page cache under a private mapping, which a write copies. The bits are those of /proc/PID/pagemap
+ * memory, or any in a shared mapping. Being present is not enough: so is the zero page, which a write replaces, and the
+ * page cache under a private mapping, which a write copies. The bits are those of /proc/PID/pagemap
  * (Documentation/admin-guide/mm/pagemap.rst); all but the frame number can be read without privilege.
  */
 static uint64_t cost_of(const struct stepper *st, const struct step *s)
 {
 	const uint64_t present = 1ULL << 63, file = 1ULL << 61, exclusive = 1ULL << 56;
-	uint64_t entries[512], cost = 0;
+	uint64_t entries[512], cost = range_size(s->r);
 
+	if (cost > PACER_CHUNK_MAX)
+		return cost; /* it is as long as that because next to nothing is there, see size_lock() */
 	for (uint64_t at = s->r.start; at < s->r.end;) {
 		size_t pages = (size_t)((s->r.end - at) / PAGE);
 		size_t want = (pages < 512 ? pages : 512) * sizeof(entries[0]);
@@ -116,26 +132,25 @@ static uint64_t cost_of(const struct stepper *st, const struct step *s)
 		for (size_t i = 0; i < want / sizeof(entries[0]); i++) {
 			bool there = entries[i] & present;
 
-			if (!there || (s->shared ? 0 : (entries[i] & file) || !(entries[i] & exclusive)))
-				cost += PAGE;
+			if (there && (s->shared || (!(entries[i] & file) && (entries[i] & exclusive))))
+				cost -= PAGE;
 		}
 		at += want / sizeof(entries[0]) * PAGE;
 	}
 	return cost;
 }
 
-bool step_admit(struct stepper *st, const struct step *s, struct outcome *o)
+/* Whether @s may be taken as it is. */
+static bool admit(struct stepper *st, const struct step *s, struct outcome *o)
 {
-	uint64_t cost;
+	uint64_t size = range_size(s->r), cost;
 
-	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
-	if ((s->kind != STEP_LOCK && s->kind != STEP_POPULATE) || s->hugetlb)
-		return true;
-	if (s->kind == STEP_LOCK && st->headroom.status < 0) {
-		/* Then a lock of ours could not be told from another's, which must never be released. */
-		o->shortage = SHORTAGE_KERNEL;
-		snprintf(o->text, sizeof(o->text), "QEMU's /proc/self/status cannot be read");
-		return false;
+	/* While there is plenty, it costs less to take everything for absent than to look. */
+	if (s->kind == STEP_LOCK && s->prefault) {
+		const struct headroom_ask ask = ask_for(st, s);
+
+		if (take_credit(st, &ask, size))
+			return true;
 	}
 	cost = cost_of(st, s);
 	if (s->kind == STEP_POPULATE)
@@ -146,6 +161,30 @@ bool step_admit(struct stepper *st, const struct step *s, struct outcome *o)
 	}
 	if (s->kind == STEP_LOCK && !s->prefault)
 		st->owed += cost;
+	return true;
+}
+
+bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
+{
+	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
+	if (s->kind != STEP_LOCK && s->kind != STEP_POPULATE)
+		return true;
+	if (s->kind == STEP_LOCK && !s->hugetlb && st->headroom.status < 0) {
+		/* Then a lock of ours could not be told from another's, which must never be released. */
+		o->shortage = SHORTAGE_KERNEL;
+		snprintf(o->text, sizeof(o->text), "QEMU's /proc/self/status cannot be read");
+		return false;
+	}
+	if (s->hugetlb)
+		return true;
+	while (!admit(st, s, o)) {
+		uint64_t half = range_size(s->r) / 2 / PACER_CHUNK * PACER_CHUNK;
+
+		if (half < PACER_CHUNK || half < s->page_size)
+			return false;
+		s->r.end = s->r.start + half;
+		*o = (struct outcome){ .shortage = SHORTAGE_NONE };
+	}
 	return true;
 }
 
@@ -180,17 +219,284 @@ static void explain_errno(struct stepper *st, int err, const struct step *s, con
 	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
 }
 
+static uint64_t cpu_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* How long a system call took. */
+struct hold {
+	uint64_t wall, cpu; /* ns */
+};
+
+static struct hold hold_begin(void)
+{
+	return (struct hold){ now_ns(), cpu_ns() };
+}
+
+static void hold_end(struct hold *h)
+{
+	h->cpu = cpu_ns() - h->cpu;
+	h->wall = now_ns() - h->wall;
+}
+
+/* ---- Sizing ---- */
+
+static uint64_t round_to_pages(uint64_t bytes, uint64_t page_size)
+{
+	uint64_t pages = bytes / page_size;
+
+	return (pages ? pages : 1) * page_size;
+}
+
+/* Ends @s after about @bytes: where it can, at the end of a huge page. */
+static void cut_end(struct step *s, uint64_t bytes)
+{
+	uint64_t end;
+
+	bytes = round_to_pages(bytes, s->page_size);
+	if (range_size(s->r) <= bytes)
+		return;
+	end = s->r.start + bytes;
+	if (s->page_size < PACER_CHUNK && end / PACER_CHUNK * PACER_CHUNK > s->r.start)
+		end = end / PACER_CHUNK * PACER_CHUNK;
+	s->r.end = end;
+}
+
+/* Begins @s about @bytes before its end. */
+static void cut_start(struct step *s, uint64_t bytes)
+{
+	uint64_t start;
+
+	bytes = round_to_pages(bytes, s->page_size);
+	if (range_size(s->r) <= bytes)
+		return;
+	start = s->r.end - bytes;
+	if (s->page_size < PACER_CHUNK && (start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK < s->r.end)
+		start = (start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK;
+	s->r.start = start;
+}
+
+/* A lock that is smaller than a huge page would keep absent pages from becoming one. */
+static void cut_lock(struct step *s, uint64_t bytes)
+{
+	cut_end(s, bytes < PACER_CHUNK ? PACER_CHUNK : bytes);
+}
+
+/* Cuts @s where marking and locking what is there would take longer than the hold budget. */
+static void size_lock(struct stepper *st, struct step *s)
+{
+	const struct pace *p = &st->pace;
+	uint64_t at = s->r.start, used = 0; /* ns */
+
+	s->present = 0;
+	while (at < s->r.end) {
+		struct range runs[32];
+		uint64_t upto, seen = at;
+		size_t n = residency_list(st->pagemap, RESIDENCY_PRESENT, (struct range){ at, s->r.end }, runs, 32, &upto);
+
+		for (size_t i = 0; i <= n; i++) {
+			/* What is absent up to the run, and the run. */
+			struct range run = i < n ? runs[i] : (struct range){ upto, upto };
+			uint64_t absent = run.start > seen ? run.start - seen : 0;
+			uint64_t left = p->budget_ns > used ? p->budget_ns - used : 0;
+			uint64_t ns = pace_expect(p, PACE_MARK, absent);
+
+			if (ns > left) {
+				cut_lock(s, seen - s->r.start + (uint64_t)((double)absent * (double)left / (double)ns));
+				return;
+			}
+			used += ns;
+			left -= ns;
+			ns = pace_expect(p, PACE_LOCK, range_size(run));
+			if (ns > left) {
+				cut_lock(s, run.start - s->r.start +
+						    (uint64_t)((double)range_size(run) * (double)left / (double)ns));
+				s->present += s->r.end > run.start ? s->r.end - run.start : 0;
+				return;
+			}
+			s->present += range_size(run);
+			used += ns;
+			seen = run.end;
+		}
+		at = upto;
+	}
+}
+
+/* Decides how many bytes of @s are populated at a time, and cuts it to what is worth a step. */
+static void size_populate(struct stepper *st, struct step *s)
+{
+	const struct pace *p = &st->pace;
+	const uint64_t pieces = (uint64_t)PIECES_PER_THREAD * s->threads;
+	uint64_t size, most, ns;
+
+	/* Not further than it could get if all were absent: whatever is beyond may look different by then. */
+	most = pieces * pace_bytes(p, PACE_FILL);
+	cut_end(s, most < PACER_CHUNK ? PACER_CHUNK : most);
+	size = range_size(s->r);
+	s->looked = size;
+	s->present = residency_count(st->pagemap, RESIDENCY_PRESENT, s->r, size);
+	s->swapped = residency_count(st->pagemap, RESIDENCY_SWAPPED, s->r, size - s->present);
+	ns = pace_expect(p, PACE_CONFIRM, s->present) + pace_expect(p, PACE_SWAP_IN, s->swapped) +
+	     pace_expect(p, PACE_FILL, size - s->present - s->swapped);
+	s->piece = ns > p->budget_ns ? (uint64_t)((double)size * (double)p->budget_ns / (double)ns) : size;
+	if (s->piece > PACER_CHUNK && s->page_size < PACER_CHUNK)
+		s->piece = s->piece / PACER_CHUNK * PACER_CHUNK;
+	if (s->piece < PACER_CHUNK_MIN)
+		s->piece = PACER_CHUNK_MIN;
+	s->piece = round_to_pages(s->piece, s->page_size);
+	most = pieces * s->piece;
+	cut_end(s, most < PACER_CHUNK ? PACER_CHUNK : most);
+}
+
+/* Cuts @s where unlocking would take longer than the hold budget. */
+static void size_unlock(struct stepper *st, struct step *s)
+{
+	uint64_t bytes = pace_bytes(&st->pace, PACE_UNLOCK);
+
+	while (!s->resident && range_size(s->r) > bytes) {
+		uint64_t enough = bytes + 1, present;
+
+		present = residency_count(st->pagemap, RESIDENCY_PRESENT, s->r, enough);
+		if (present < enough)
+			return; /* most of it is not there, and costs nothing */
+		if (range_size(s->r) / 2 < bytes)
+			break;
+		cut_start(s, range_size(s->r) / 2);
+	}
+	cut_start(s, bytes);
+}
+
+void step_size(struct stepper *st, struct step *s)
+{
+	const struct pace *p = &st->pace;
+
+	if (s->kind == STEP_UNLOCK) {
+		size_unlock(st, s);
+	} else if (s->kind == STEP_POPULATE) {
+		cut_end(s, PACER_CHUNK_MAX);
+		size_populate(st, s);
+	} else if (s->kind == STEP_LOCK) {
+		/* What others have locked is told apart by the step, and KSM's pages are copied by it: so small ones. */
+		bool small = (st->others_lock && !s->hugetlb) || (st->merging.at_work && s->mergeable);
+
+		cut_end(s, small ? PACER_CHUNK : s->prefault ? PACER_CHUNK_MAX : PACER_CHUNK_MAX_ABSENT);
+		if (s->resident) {
+			cut_end(s, pace_bytes(p, PACE_LOCK));
+			s->piece = round_to_pages(pace_bytes(p, PACE_CONFIRM), s->page_size);
+			if (range_size(s->r) <= s->piece * 2) /* in halves, rather than a whole one and a bit */
+				s->piece = range_size(s->r) <= s->piece ? range_size(s->r) :
+					   round_to_pages((range_size(s->r) / 2 + PACER_CHUNK - 1) / PACER_CHUNK *
+						PACER_CHUNK, s->page_size);
+			return;
+		}
+		size_lock(st, s);
+		if (s->prefault)
+			size_populate(st, s);
+	}
+}
+
+/* ---- Populating, in pieces and by several threads ---- */
+
+struct piecework {
+	struct stepper *st;
+	const struct step *s;
+	atomic_size_t next; /* the piece to be taken next */
+	atomic_int err; /* the first failure, as errno */
+	size_t n;
+	bool done[HOLDS_MAX];
+	struct hold holds[HOLDS_MAX];
+};
+
+static struct range piece_at(const struct step *s, size_t i)
+{
+	struct range r = { s->r.start + i * s->piece, s->r.start + (i + 1) * s->piece };
+
+	if (r.end > s->r.end)
+		r.end = s->r.end;
+	return r;
+}
+
+static void do_pieces(void *arg)
+{
+	struct piecework *w = arg;
+	size_t i;
+
+	while (!atomic_load(&w->err) && (i = atomic_fetch_add(&w->next, 1)) < w->n) {
+		int err;
+
+		if (i && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
+			return;
+		w->holds[i] = hold_begin();
+		err = -populate(w->st, piece_at(w->s, i));
+		hold_end(&w->holds[i]);
+		w->done[i] = !err;
+		if (err)
+			atomic_store(&w->err, err);
+		else if (i + 1 < w->n)
+			step_rest(w->st, w->holds[i].wall);
+	}
+}
+
+/* What populating @bytes of @s tells: of the kind of page that most of the time went to. */
+static void learn_populate(struct stepper *st, const struct step *s, uint64_t bytes, const struct hold *sum)
+{
+	double looked = s->looked ? (double)s->looked : 1;
+	double swapped = (double)s->swapped / looked, present = (double)s->present / looked;
+
+	if (s->resident || present > 0.95)
+		pace_learn(&st->pace, PACE_CONFIRM, bytes, sum->wall, sum->cpu);
+	else if (swapped > 0.1)
+		pace_learn(&st->pace, PACE_SWAP_IN, (uint64_t)((double)bytes * swapped), sum->wall, sum->cpu);
+	else
+		pace_learn(&st->pace, PACE_FILL, (uint64_t)((double)bytes * (1 - present)), sum->wall, sum->cpu);
+}
+
+/* Populates @s from its start as far as it gets; *end is how far. Returns 0 or an errno. */
+static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, struct outcome *o)
+{
+	struct piecework w = { .st = st, .s = s };
+	size_t n = (size_t)((range_size(s->r) + s->piece - 1) / s->piece), done = 0;
+	uint64_t bytes = 0;
+	struct hold sum = { 0, 0 };
+
+	w.n = n < HOLDS_MAX - 1 ? n : HOLDS_MAX - 1;
+	workers_run(&st->workers, (unsigned int)((w.n < s->threads ? w.n : s->threads) - 1), do_pieces, &w);
+	for (size_t i = 0; i < w.n; i++) {
+		if (!w.done[i])
+			continue;
+		done += done == i;
+		o->holds[o->n_holds++] = w.holds[i].wall;
+		bytes += range_size(piece_at(s, i));
+		sum.wall += w.holds[i].wall;
+		sum.cpu += w.holds[i].cpu;
+	}
+	learn_populate(st, s, bytes, &sum);
+	*end = done ? piece_at(s, done - 1).end : s->r.start;
+	return atomic_load(&w.err);
+}
+
+/* ---- Carrying out ---- */
+
 static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 {
-	uint64_t size = range_size(s->r);
+	uint64_t size = range_size(s->r), end = s->r.end, present = s->present < size ? s->present : size;
 	/* Where something holds locks besides us, VmLck tells whether it holds this range. */
 	bool others = st->others_lock && !s->hugetlb;
 	int64_t before, after;
+	struct hold hold;
 	bool ours;
 	int err;
 
+	if (s->fills)
+		o->filled = size - residency_count(st->pagemap, RESIDENCY_PRESENT, s->r, size);
 	before = others ? headroom_vm_locked(&st->headroom) : 0;
+	hold = hold_begin();
 	err = sys_mlock2(s->r, MLOCK_ONFAULT);
+	hold_end(&hold);
 	if (err) {
 		/* A failure can come after a part was locked: take that back, unless it may be another's. */
 		if (!others)
@@ -198,38 +504,50 @@ static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 		explain_errno(st, err, s, "locking guest RAM", o);
 		return;
 	}
+	o->holds[o->n_holds++] = hold.wall;
+	if (s->resident)
+		pace_learn(&st->pace, PACE_LOCK, size, hold.wall, hold.cpu);
+	else if (present > size / 16)
+		pace_learn(&st->pace, PACE_LOCK, present, hold.wall, hold.cpu);
+	else
+		pace_learn(&st->pace, PACE_MARK, size, hold.wall, hold.cpu);
 	after = others ? headroom_vm_locked(&st->headroom) : 0;
 	ours = !others || after - before == (int64_t)size;
-	err = s->prefault ? -populate(st, s->r) : 0;
+	err = s->prefault ? do_populate(st, s, &end, o) : 0;
+	if (end < s->r.end && ours)
+		sys_munlock((struct range){ end, s->r.end });
 	/* Populating has copied what was merged. */
-	if (!err && !s->shared)
-		err = -merging_lock(&st->merging, s->r);
-	if (err) {
-		if (ours)
-			sys_munlock(s->r);
-		explain_errno(st, err, s, s->hugetlb ? "allocating huge pages" : "populating guest RAM", o);
-		return;
+	if (end > s->r.start && !s->shared) {
+		int merging = -merging_lock(&st->merging, (struct range){ s->r.start, end });
+
+		if (merging && ours)
+			sys_munlock((struct range){ s->r.start, end });
+		if (merging) {
+			end = s->r.start;
+			err = merging;
+		}
 	}
-	o->foreign = !ours;
-}
-
-static void do_populate(struct stepper *st, const struct step *s, struct outcome *o)
-{
-	int err = -populate(st, s->r);
-
-	if (!err && !s->shared)
-		err = -merging_keep_out(&st->merging, s->r);
 	if (err)
-		explain_errno(st, err, s, "populating guest RAM", o);
+		explain_errno(st, err, s, s->hugetlb ? "allocating huge pages" : "populating guest RAM", o);
+	o->done = (struct range){ s->r.start, end };
+	o->foreign = !ours;
 }
 
 static void do_unlock(struct stepper *st, const struct step *s, struct outcome *o)
 {
+	struct hold hold = hold_begin();
 	int err = sys_munlock(s->r);
 
+	hold_end(&hold);
 	merging_let_in(&st->merging, s->r, s->mergeable);
-	if (err)
+	if (err) {
 		explain_errno(st, err, s, "unlocking guest RAM", o);
+		return;
+	}
+	o->holds[o->n_holds++] = hold.wall;
+	if (s->resident)
+		pace_learn(&st->pace, PACE_UNLOCK, range_size(s->r), hold.wall, hold.cpu);
+	o->done = s->r;
 }
 
 /* Unlocks what is there of @s: munlock() stops at the first hole, so then each page is asked for. */
@@ -243,9 +561,12 @@ static void do_let_go(const struct step *s)
 
 void stepper_init(struct stepper *st)
 {
-	*st = (struct stepper){ .pagemap = -1 };
+	memset(st, 0, sizeof(*st));
+	st->pagemap = -1;
 	headroom_init(&st->headroom);
 	merging_init(&st->merging);
+	pace_init(&st->pace);
+	workers_init(&st->workers);
 }
 
 void stepper_open(struct stepper *st, const char *root)
@@ -265,21 +586,37 @@ void stepper_deinit(struct stepper *st)
 
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 {
-	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
+	uint64_t end = s->r.start;
+	int err;
+
+	*o = (struct outcome){ .shortage = SHORTAGE_NONE, .done = { s->r.start, s->r.start } };
 	switch (s->kind) {
 	case STEP_LOCK:
 		do_lock(st, s, o);
 		break;
 	case STEP_POPULATE:
-		do_populate(st, s, o);
+		err = do_populate(st, s, &end, o);
+		if (end > s->r.start && !s->shared) {
+			int merging = merging_keep_out(&st->merging, (struct range){ s->r.start, end });
+
+			if (merging) {
+				end = s->r.start;
+				err = -merging;
+			}
+		}
+		o->done.end = end;
+		if (err)
+			explain_errno(st, err, s, "populating guest RAM", o);
 		break;
 	case STEP_UNLOCK:
 		do_unlock(st, s, o);
 		break;
 	case STEP_LET_GO:
 		do_let_go(s);
+		o->done = s->r;
 		break;
 	case STEP_FORGET:
+		o->done = s->r;
 		break;
 	case STEP_NONE:
 	case STEP_PLAN:
@@ -287,4 +624,16 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 	case STEP_SUSPENDED:
 		assert(!"nothing to carry out");
 	}
+}
+
+void step_rest(struct stepper *st, uint64_t ns)
+{
+	uint64_t gap = pacer_gap(ns), over = st->oversleep_ns, ask = gap > over + 1 ? gap - over : 1, slept = now_ns();
+	struct timespec t = { 0, (long)ask };
+
+	nanosleep(&t, NULL);
+	slept = now_ns() - slept;
+	/* An eighth at a time: one long sleep on a busy machine says little. Threads may both write: either will do. */
+	over = slept > ask ? slept - ask : 0;
+	st->oversleep_ns = st->oversleep_ns - st->oversleep_ns / 8 + (over < gap ? over : gap) / 8;
 }

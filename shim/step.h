@@ -3,12 +3,16 @@
 #ifndef RAMLOCK_STEP_H
 #define RAMLOCK_STEP_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "extents.h"
 #include "headroom.h"
 #include "merging.h"
+#include "pacer.h"
+#include "workers.h"
 
 enum { SHORT_TEXT = 256 };
 
@@ -28,30 +32,49 @@ enum step_kind {
 struct step {
 	enum step_kind kind;
 	struct range r;
+	uint64_t page_size; /* bytes, of the block */
 	bool hugetlb;
 	bool shared; /* a shared mapping: its page cache is the memory itself */
 	bool prefault;
 	bool mergeable; /* QEMU has asked for merging by KSM */
 	uint64_t host_reserve; /* bytes that are left for the host; 0: the usual */
+	bool resident; /* planned, or known, to be in memory, all of it */
+	bool fills; /* pages that are absent are filled because they lie between resident ones */
+	unsigned int threads; /* that populate */
+	/* What step_size() finds and decides. */
+	uint64_t piece; /* bytes that one thread populates at a time */
+	uint64_t present, swapped; /* bytes, of `looked` bytes */
+	uint64_t looked;
 };
+
+/* System calls of one step at most: a step is worth taking for eight pieces by each thread, see step_size(). */
+enum { PIECES_PER_THREAD = 8, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) + PACER_CHUNK / PACER_CHUNK_MIN + 1 };
 
 /* What a step came to. */
 struct outcome {
-	enum shortage shortage; /* SHORTAGE_NONE: done. Otherwise nothing has changed */
+	enum shortage shortage; /* SHORTAGE_NONE: done as far as `done` says */
+	struct range done; /* what of the step's range is done; the rest is as it was */
 	bool foreign; /* the range was locked already, by somebody else */
+	uint64_t filled; /* bytes that were absent, where the step fills */
+	uint64_t holds[HOLDS_MAX]; /* how long each system call took, in ns */
+	size_t n_holds;
 	char text[SHORT_TEXT]; /* why not */
 };
 
 struct stepper {
 	struct headroom headroom;
+	struct pace pace; /* the lock thread's alone */
+	struct workers workers;
+	atomic_bool cancel; /* the step in flight is to end after the system call in flight */
 	int pagemap; /* /proc/self/pagemap */
 	struct merging merging;
 	uint64_t owed; /* bytes that are armed and absent: the guest will allocate them */
 	uint64_t credit; /* bytes that headroom_memory() granted */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
+	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */
 	bool others_lock; /* something in the process holds locks besides us */
-	bool no_populate; /* the kernel is older than 5.14 */
+	atomic_bool no_populate; /* the kernel is older than 5.14 */
 };
 
 uint64_t now_ns(void);
@@ -62,10 +85,19 @@ void stepper_init(struct stepper *st);
 void stepper_open(struct stepper *st, const char *root);
 void stepper_deinit(struct stepper *st);
 
-/* Asks whether there is room for @s, of a kind from STEP_LOCK on. Returns false with the reason in @o. */
-bool step_admit(struct stepper *st, const struct step *s, struct outcome *o);
+/*
+ * Makes the range of @s, of a kind from STEP_LOCK on, as small as the hold budget asks for: from its end where it is
+ * unlocked, from its start else.
+ */
+void step_size(struct stepper *st, struct step *s);
+
+/* Asks whether there is room for @s; makes it smaller where there is some. Returns false with the reason in @o. */
+bool step_admit(struct stepper *st, struct step *s, struct outcome *o);
 
 /* Carries out @s, which was admitted. */
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o);
+
+/* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. */
+void step_rest(struct stepper *st, uint64_t ns);
 
 #endif

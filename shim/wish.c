@@ -6,7 +6,6 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 static const uint64_t REMOVE_WAIT_NS = 100 * NS_PER_MS;
 static const uint64_t VFIO_SLACK = 1 << 30; /* besides guest RAM, all of which a device may have pinned */
@@ -66,6 +65,7 @@ static void expect_work(struct locker *l)
 {
 	uint64_t want = locker_target(l);
 
+	atomic_store(&l->stepper.cancel, true);
 	if (!l->known)
 		return;
 	if (l->books.held.total < want || (l->books.held.total == want && l->wish.prefault && l->books.on_fault.total))
@@ -86,7 +86,9 @@ static void accept_wish(struct locker *l, const struct wish *w)
 	pacer_reset(&l->pacer);
 	l->began_ns = l->progress_ns = now_ns();
 	l->ended_ns = 0;
-	l->done_bytes = 0;
+	l->done_bytes = l->filled = 0;
+	l->rate = l->rate_bytes = 0;
+	l->rate_ns = l->began_ns;
 	l->retry_ns = RETRY_MIN_NS;
 	expect_work(l);
 }
@@ -235,14 +237,11 @@ void locker_give(struct locker *l, struct books *books, struct wish *wish)
 	/* What is no guest RAM is not handed over; the thread has ended, so it is unlocked here. */
 	while (locker_next_gone(l, &s.r)) {
 		struct outcome o;
-		struct timespec gap;
 		uint64_t began = now_ns();
 
 		step_carry_out(&l->stepper, &s, &o);
 		extents_remove(&l->books.gone, s.r);
-		gap.tv_sec = 0;
-		gap.tv_nsec = (long)pacer_gap(now_ns() - began);
-		nanosleep(&gap, NULL);
+		step_rest(&l->stepper, now_ns() - began);
 	}
 	*books = l->books;
 	*wish = l->wish;
@@ -279,6 +278,7 @@ int locker_adopt(struct locker *l, const struct books *books, const struct wish 
 
 	pthread_mutex_lock(&l->mutex);
 	l->layout_generation++; /* the step in flight is the last of its plan */
+	atomic_store(&l->stepper.cancel, true);
 	while (range_size(l->in_flight) && !err)
 		err = locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
 	if (!err && (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||

@@ -38,7 +38,7 @@ static char *map(int flags, int fd)
 
 static bool admitted(const char *p, bool shared)
 {
-	struct step s = { .kind = STEP_LOCK, .prefault = true, .shared = shared };
+	struct step s = { .kind = STEP_LOCK, .prefault = true, .shared = shared, .page_size = 4096 };
 	struct outcome o;
 
 	s.r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + CHUNK };
@@ -97,7 +97,7 @@ static void page_cache_is_memory_only_when_shared(void)
 
 static void what_is_armed_is_owed(void)
 {
-	struct step s = { .kind = STEP_LOCK, .prefault = false };
+	struct step s = { .kind = STEP_LOCK, .prefault = false, .page_size = 4096 };
 	struct outcome o;
 	uint64_t armed = 0;
 	char *p;

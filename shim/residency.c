@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Which pages of this process are in memory. */
+#include "residency.h"
+
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+enum { PAGE = 4096, RUNS = 64 };
+static const uint64_t PIECE = 64 << 20;
+
+/* PAGEMAP_SCAN of Linux 6.7 (Documentation/admin-guide/mm/pagemap.rst), which older headers lack. */
+enum { CATEGORY_PRESENT = 1 << 3, CATEGORY_SWAPPED = 1 << 4, CATEGORY_ZERO = 1 << 5 };
+
+struct scan {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+
+struct region {
+	uint64_t start, end, categories;
+};
+
+#define SCAN _IOWR('f', 16, struct scan)
+
+/* Returns how many runs there are, or -1 when the kernel does not know this. */
+static int scan(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max, uint64_t *upto)
+{
+	struct region v[RUNS];
+	struct scan s = {
+		.size = sizeof(s),
+		.start = r.start,
+		.end = r.end,
+		.vec = (uint64_t)(uintptr_t)v,
+		.vec_len = max < RUNS ? max : RUNS,
+		.max_pages = PIECE / PAGE,
+	};
+	int n;
+
+	if (kind == RESIDENCY_PRESENT) {
+		s.category_mask = CATEGORY_PRESENT | CATEGORY_ZERO;
+		s.category_inverted = CATEGORY_ZERO;
+		s.return_mask = CATEGORY_PRESENT;
+	} else {
+		s.category_mask = s.return_mask = CATEGORY_SWAPPED;
+	}
+	n = pagemap < 0 ? -1 : ioctl(pagemap, SCAN, &s);
+	if (n < 0 || s.walk_end <= r.start)
+		return -1;
+	for (int i = 0; i < n; i++)
+		runs[i] = (struct range){ v[i].start, v[i].end };
+	*upto = s.walk_end < r.end ? s.walk_end : r.end;
+	return n;
+}
+
+size_t residency_list(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max,
+		      uint64_t *upto)
+{
+	unsigned char vec[4096];
+	size_t n = 0;
+	uint64_t pages;
+	int found = scan(pagemap, kind, r, runs, max, upto);
+
+	if (found >= 0)
+		return (size_t)found;
+	*upto = r.end;
+	if (kind == RESIDENCY_SWAPPED)
+		return 0;
+	pages = range_size(r) / PAGE < sizeof(vec) ? range_size(r) / PAGE : sizeof(vec);
+	if (mincore((void *)(uintptr_t)r.start, pages * PAGE, vec))
+		memset(vec, 0, sizeof(vec)); /* unmapped meanwhile: there is nothing */
+	for (uint64_t i = 0; i < pages; i++) {
+		uint64_t at = r.start + i * PAGE;
+
+		if (!(vec[i] & 1))
+			continue;
+		if (n && runs[n - 1].end == at) {
+			runs[n - 1].end += PAGE;
+		} else if (n == max) {
+			*upto = at;
+			return n;
+		} else {
+			runs[n++] = (struct range){ at, at + PAGE };
+		}
+	}
+	*upto = r.start + pages * PAGE;
+	return n;
+}
+
+uint64_t residency_count(int pagemap, enum residency_kind kind, struct range r, uint64_t enough)
+{
+	uint64_t sum = 0;
+
+	while (r.start < r.end && sum < enough) {
+		struct range runs[RUNS];
+		size_t n = residency_list(pagemap, kind, r, runs, RUNS, &r.start);
+
+		for (size_t i = 0; i < n; i++)
+			sum += range_size(runs[i]);
+	}
+	return sum;
+}

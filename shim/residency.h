@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Which pages of this process are in memory. */
+#ifndef RAMLOCK_RESIDENCY_H
+#define RAMLOCK_RESIDENCY_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "extents.h"
+
+enum residency_kind {
+	RESIDENCY_PRESENT, /* pages of memory; the zero page is none */
+	RESIDENCY_SWAPPED,
+};
+
+/*
+ * Lists runs of such pages in @r from its start on, at most @max, into @runs. *upto is how far it looked: one call
+ * keeps mmap_lock, for reading, for no longer than 64 MiB of present pages take, or any length of none. @pagemap is
+ * /proc/self/pagemap. Kernels before 6.7 are asked by mincore(2), which takes the zero page for present and cannot
+ * tell what is swapped. Returns how many runs there are.
+ */
+size_t residency_list(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max,
+		      uint64_t *upto);
+
+/* Bytes of such pages in @r; stops counting once there are @enough. */
+uint64_t residency_count(int pagemap, enum residency_kind kind, struct range r, uint64_t enough);
+
+#endif
