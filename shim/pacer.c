@@ -24,6 +24,7 @@ void pace_init(struct pace *p)
 {
 	p->budget_ns = 500 * 1000;
 	memcpy(p->cost, first_costs, sizeof(p->cost));
+	memset(p->seen, 0, sizeof(p->seen));
 }
 
 uint64_t pace_bytes(const struct pace *p, enum pace_kind kind)
@@ -41,13 +42,26 @@ uint64_t pace_expect(const struct pace *p, enum pace_kind kind, uint64_t bytes)
 	return (uint64_t)((double)bytes * (double)p->cost[kind] / (double)ATTOS_PER_NS);
 }
 
+static uint64_t middle(uint64_t a, uint64_t b, uint64_t c)
+{
+	uint64_t low = a < b ? a : b, high = a < b ? b : a;
+
+	return c < low ? low : c > high ? high : c;
+}
+
 void pace_learn(struct pace *p, enum pace_kind kind, uint64_t bytes, uint64_t wall_ns, uint64_t cpu_ns)
 {
-	uint64_t ns = cpu_ns > wall_ns / 4 ? cpu_ns : wall_ns / 4, cost = p->cost[kind], seen;
+	const double per_byte = bytes ? (double)ATTOS_PER_NS / (double)bytes : 0;
+	uint64_t wall = (uint64_t)((double)wall_ns * per_byte), cpu = (uint64_t)((double)cpu_ns * per_byte);
+	uint64_t *before = p->seen[kind], cost = p->cost[kind], seen;
 
 	if (bytes < PACER_CHUNK_MIN)
 		return; /* that tells more of the system call than of the bytes */
-	seen = (uint64_t)((double)ns * (double)ATTOS_PER_NS / (double)bytes);
+	seen = before[1] ? middle(before[0], before[1], wall) : cpu;
+	if (cpu > seen)
+		seen = cpu;
+	before[0] = before[1];
+	before[1] = wall;
 	if (seen > cost)
 		cost = seen / 4 < cost ? seen : cost * 4;
 	else
@@ -93,7 +107,7 @@ void pacer_record(struct pacer *p, uint64_t ns)
 
 uint64_t pacer_gap(uint64_t ns)
 {
-	uint64_t gap = ns / 20;
+	uint64_t gap = ns / 25;
 
 	if (gap < GAP_MIN_NS)
 		return GAP_MIN_NS;

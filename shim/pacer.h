@@ -30,6 +30,7 @@ enum pace_kind {
 struct pace {
 	uint64_t budget_ns; /* the hold budget: how long one system call may keep mmap_lock */
 	uint64_t cost[PACE_KINDS]; /* in attoseconds per byte */
+	uint64_t seen[PACE_KINDS][2]; /* of the last two steps; 0: there was none */
 };
 
 void pace_init(struct pace *p);
@@ -41,10 +42,10 @@ uint64_t pace_bytes(const struct pace *p, enum pace_kind kind);
 uint64_t pace_expect(const struct pace *p, enum pace_kind kind, uint64_t bytes);
 
 /*
- * Learns that @bytes, mainly of @kind, took @wall_ns, of which this thread had the processor for @cpu_ns. What a
- * preemption took is none of the step's cost; but a step that sleeps, for a disk, is long all the same, so a quarter of
- * the wall time counts too. Slower than thought is believed at once, but at most four times: so one mad figure is
- * forgotten after a few steps. Faster than thought is half believed.
+ * Learns that @bytes, mainly of @kind, took @wall_ns, of which this thread had the processor for @cpu_ns. A step that
+ * was preempted took long for no reason of its own, so of the wall times the middle one of the last three counts;
+ * processor time counts at once. Slower than thought is believed, but at most four times: so one mad figure is forgotten
+ * after a few steps. Faster than thought is half believed.
  */
 void pace_learn(struct pace *p, enum pace_kind kind, uint64_t bytes, uint64_t wall_ns, uint64_t cpu_ns);
 
@@ -62,7 +63,7 @@ void pacer_reset(struct pacer *p);
 /* Notes a hold of @ns nanoseconds. */
 void pacer_record(struct pacer *p, uint64_t ns);
 
-/* Nanoseconds to leave mmap_lock alone after a hold of @ns, so that a waiting writer gets in: 5 % of it. */
+/* Nanoseconds to leave mmap_lock alone after a hold of @ns, so that a waiting writer gets in: 4 % of it. */
 uint64_t pacer_gap(uint64_t ns);
 
 /* The 99th percentile of the holds in microseconds, at most 25 % too high; 0 before the first one. */
