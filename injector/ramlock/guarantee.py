@@ -37,6 +37,8 @@ START_TIME = 30.0
 """Seconds that guest RAM may take to become known when the caller sets no time limit."""
 STALL_TIME = 120.0
 """Seconds without any progress after which locking is given up on when the caller sets no time limit."""
+_TELL_TIME = 2.0
+"""Seconds that the shim has to know what it was told."""
 _POLL = 1.0
 _START_POLL = 0.1
 LAST_LOOK = 1.0
@@ -190,12 +192,16 @@ def _wait_for_news(client: Client, now: Guarantee, until: Deadline, show: Callab
 def _known(client: Client, deadline: Deadline, tell: Tell | None) -> Guarantee:
     """Query until guest RAM is known. Raises Refused when that does not come, NoAnswer when no answer does."""
     now = query(client, deadline)
+    patience = Deadline(0)
     if now.told and tell is not None:
         tell()
+        patience = deadline.within(_TELL_TIME)
         now = query(client, deadline)
     while now.state is State.WAITING:
         reason = now.why.reason if now.why else "starting"
-        if reason == "no-symbols":
+        if reason == "no-symbols" and tell is not None and not patience.expired:
+            tell()  # what it took may have changed under its eyes
+        elif reason == "no-symbols":
             raise Refused(
                 "this QEMU does not export its symbols, and nobody has told the shim where its guest RAM is",
                 "run ramlock set or status with --pid, as root or as the user who started the VM",
