@@ -3,6 +3,7 @@
 #include "check.h"
 #include "locker.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
@@ -203,7 +204,82 @@ static void a_scattered_guest_stays_in_few_extents(void)
 		wait_idle();
 		CHECK_EQ(vm_locked(), size);
 		CHECK(status.extents <= PLAN_EXTENTS_MAX + BLOCKS);
+		/* Half of the pages of the first block are there: the other half is what lies between. */
+		if (size == 4 * MIB)
+			CHECK(status.filled > MIB && status.filled <= 2 * MIB);
 	}
+	end();
+}
+
+/* Context switches of the threads of this process that are called @name, and how many such threads there are. */
+static uint64_t switches(const char *name, unsigned int *threads)
+{
+	DIR *tasks = opendir("/proc/self/task");
+	struct dirent *task;
+	uint64_t sum = 0;
+
+	*threads = 0;
+	while (tasks && (task = readdir(tasks))) {
+		char path[300], line[200], *value;
+		FILE *f;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%s/status", task->d_name);
+		f = task->d_name[0] == '.' ? NULL : fopen(path, "re");
+		if (!f)
+			continue;
+		while (fgets(line, sizeof(line), f)) {
+			if (!strncmp(line, "Name:", 5) && strncmp(line + 6, name, strlen(name)))
+				break;
+			*threads += !strncmp(line, "Name:", 5);
+			value = strstr(line, "ctxt_switches:");
+			sum += value ? strtoull(value + strlen("ctxt_switches:"), NULL, 10) : 0;
+		}
+		fclose(f);
+	}
+	if (tasks)
+		closedir(tasks);
+	return sum;
+}
+
+static void several_threads_populate(void)
+{
+	struct wish w = { .lock_ram_size = 100 * MIB, .prefault = true, .threads = 4, .hold_budget_us = 50 };
+	unsigned int threads;
+	uint64_t before;
+
+	begin();
+	for (int i = 0; i < 5; i++) {
+		w.lock_ram_size = (uint64_t)(20 + 25 * i) * MIB;
+		CHECK_EQ(locker_set(&locker, &w, text), 0);
+		wait_idle();
+		CHECK_EQ(status.locked, w.lock_ram_size);
+		CHECK_EQ(vm_locked(), w.lock_ram_size);
+		CHECK(resident() >= w.lock_ram_size);
+	}
+	switches("ramlock-fill", &threads);
+	CHECK_EQ(threads, 3);
+	/* Asleep, they make no wakeups. */
+	before = switches("ramlock-fill", &threads);
+	usleep(300 * 1000);
+	CHECK_EQ(switches("ramlock-fill", &threads), before);
+	end();
+}
+
+static void nothing_wakes_for_no_guarantee(void)
+{
+	unsigned int threads;
+	uint64_t before;
+
+	begin();
+	set(8 * MIB, ORDER_RESIDENT, true);
+	wait_idle();
+	set(0, ORDER_RESIDENT, true);
+	wait_idle();
+	usleep(100 * 1000);
+	before = switches("ramlock-lock", &threads);
+	CHECK_EQ(threads, 1);
+	usleep(500 * 1000);
+	CHECK_EQ(switches("ramlock-lock", &threads), before);
 	end();
 }
 
@@ -323,5 +399,6 @@ static void too_much_is_refused_and_the_former_wish_stays(void)
 
 CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on_fault_locks_what_is_touched),
 	   CASE(the_last_of_many_wishes_counts), CASE(a_scattered_guest_stays_in_few_extents),
+	   CASE(several_threads_populate), CASE(nothing_wakes_for_no_guarantee),
 	   CASE(locks_of_others_are_left_alone), CASE(an_unplugged_block_moves_the_guarantee),
 	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(all_follows_the_layout), CASE(too_much_is_refused_and_the_former_wish_stays))

@@ -114,5 +114,128 @@ static void what_is_armed_is_owed(void)
 	end();
 }
 
-CHECK_MAIN(CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
+/* Takes steps of @kind over @r until all is done. Returns how many, 0 when one was not admitted. */
+static unsigned int work_off(enum step_kind kind, struct range r, bool prefault)
+{
+	unsigned int steps = 0;
+
+	while (r.start < r.end) {
+		struct step s = { .kind = kind, .r = r, .prefault = prefault, .page_size = 4096, .threads = 1 };
+		struct outcome o;
+
+		step_size(&stepper, &s);
+		CHECK(range_size(s.r) > 0 && s.r.start >= r.start && s.r.end <= r.end);
+		if (!step_admit(&stepper, &s, &o))
+			return 0;
+		step_carry_out(&stepper, &s, &o);
+		CHECK_EQ(o.shortage, SHORTAGE_NONE);
+		CHECK(range_size(o.done) > 0);
+		if (kind == STEP_UNLOCK)
+			r.end = o.done.start;
+		else
+			r.start = o.done.end;
+		steps++;
+	}
+	return steps;
+}
+
+static uint64_t really_locked(void)
+{
+	struct headroom h;
+	int64_t locked;
+
+	headroom_init(&h);
+	headroom_open(&h, "");
+	locked = headroom_vm_locked(&h);
+	headroom_deinit(&h);
+	return (uint64_t)locked;
+}
+
+/* The kernel's part is real; only the host's memory is made up. */
+static void a_terabyte_is_armed_in_few_steps(void)
+{
+	const uint64_t tib = 1ULL << 40;
+	uint64_t before = really_locked();
+	unsigned int steps;
+	struct range r;
+	char *p;
+
+	begin();
+	put("proc/meminfo", "MemTotal: %llu kB\nMemAvailable: %llu kB\n", 4ULL << 30, 3ULL << 30);
+	p = mmap(NULL, tib, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (p == MAP_FAILED)
+		abort();
+	memset(p + 3 * (1ULL << 30), 1, 10 << 20); /* somewhere in it something is there */
+	r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + tib };
+	steps = work_off(STEP_LOCK, r, false);
+	CHECK(steps > 0 && steps < 300);
+	CHECK_EQ(really_locked() - before, tib);
+	CHECK(stepper.owed <= tib && stepper.owed > tib - (1ULL << 30));
+	steps = work_off(STEP_UNLOCK, r, false);
+	CHECK(steps > 0 && steps < 300);
+	CHECK_EQ(really_locked(), before);
+	/* On a host that has not the memory for it, it is refused: the guest would be killed for touching what it has. */
+	stepper.owed = stepper.credit = 0;
+	put("proc/meminfo", "MemTotal: %llu kB\nMemAvailable: %llu kB\n", 24ULL << 20, 16ULL << 20);
+	CHECK_EQ(work_off(STEP_LOCK, r, false), 0);
+	CHECK(really_locked() - before < 16ULL << 30 && really_locked() - before > 8ULL << 30);
+	munmap(p, tib);
+	end();
+}
+
+static void plenty(void)
+{
+	begin();
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\n", 64 << 20, 32 << 20);
+}
+
+static void a_kernel_without_populate_will_do(void)
+{
+	uint64_t before = really_locked();
+	unsigned char vec[CHUNK / 4096];
+	struct range r;
+	char *p;
+
+	plenty();
+	p = map(MAP_PRIVATE, -1);
+	r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + CHUNK };
+	atomic_store(&stepper.no_populate, true);
+	CHECK(work_off(STEP_LOCK, r, true) > 0);
+	CHECK_EQ(really_locked() - before, CHUNK);
+	CHECK_EQ(mincore(p, CHUNK, vec), 0);
+	for (size_t i = 0; i < sizeof(vec); i++)
+		CHECK(vec[i] & 1);
+	CHECK(work_off(STEP_UNLOCK, r, true) > 0);
+	CHECK_EQ(really_locked(), before);
+	end();
+}
+
+static void a_step_that_is_called_off_leaves_nothing_armed(void)
+{
+	enum { SIZE = 64 << 20 };
+	uint64_t before = really_locked();
+	struct step s = { .kind = STEP_LOCK, .prefault = true, .page_size = 4096, .threads = 1 };
+	struct outcome o;
+	char *p;
+
+	plenty();
+	p = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (p == MAP_FAILED)
+		abort();
+	s.r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE };
+	step_size(&stepper, &s);
+	CHECK(step_admit(&stepper, &s, &o));
+	CHECK(range_size(s.r) > s.piece); /* or there would be nothing to call off */
+	atomic_store(&stepper.cancel, true);
+	step_carry_out(&stepper, &s, &o);
+	CHECK_EQ(o.shortage, SHORTAGE_NONE);
+	CHECK_EQ(range_size(o.done), s.piece);
+	CHECK_EQ(really_locked() - before, range_size(o.done));
+	munmap(p, SIZE);
+	end();
+}
+
+CHECK_MAIN(CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
+	   CASE(a_step_that_is_called_off_leaves_nothing_armed),
+	   CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
 	   CASE(what_is_armed_is_owed))
