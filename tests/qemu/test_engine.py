@@ -96,7 +96,7 @@ def test_the_threads_are_gone_after_eject() -> None:
 
 
 def test_a_terabyte_of_which_the_host_has_not_enough() -> None:
-    """On fault, what the host has is armed; for the rest the guarantee is short, since the guest may touch all of it."""
+    """On fault, what the host has is armed; for the rest the guarantee is short: the guest may touch it."""
     args = ["-m", "1T", "-object", "memory-backend-ram,id=m0,size=1T,reserve=off"]
     with Guest(machine="microvm,memory-backend=m0", memory=0, args=args) as large:
         before = resident(large)
