@@ -231,6 +231,7 @@ static void query_ram_minguarantee(struct commands *c, struct json_object *argum
 	add_size(o, "hold-budget", s->wish.hold_budget_us);
 	add_size(o, "threads", s->wish.threads);
 	add_size(o, "host-reserve", s->host_reserve);
+	add_bool(o, "cgroups-seen", s->cgroups_seen);
 	add_size(o, "generation", s->generation);
 	for (size_t i = 0; i < s->n_blocks; i++) {
 		struct json_object *block = block_object(&s->blocks[i].block);

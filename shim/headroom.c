@@ -159,10 +159,12 @@ void headroom_spend(struct headroom *h, uint64_t cost)
 static uint64_t cgroups_allow(struct headroom *h, uint64_t swap_free, uint64_t now_ns)
 {
 	uint64_t seen = cgroups_left(&h->cgroups, swap_free), leased;
+	uint64_t until_ns = atomic_load(&h->lease.until_ns);
 	int64_t left = atomic_load(&h->lease.left);
 
-	if (now_ns >= atomic_load(&h->lease.until_ns))
-		return seen;
+	h->cgroups_unknown = now_ns >= until_ns && (until_ns || !h->cgroups.known);
+	if (now_ns >= until_ns)
+		return h->cgroups_unknown ? 0 : seen;
 	leased = left > 0 ? (uint64_t)left : 0;
 	return !h->cgroups.known || leased < seen ? leased : seen;
 }
@@ -182,7 +184,7 @@ uint64_t headroom_memory(struct headroom *h, const struct headroom_ask *ask, enu
 		left = here;
 	}
 	here = cgroups_allow(h, swap_free, ask->now_ns);
-	if (here < left || (!h->cgroups.known && !here)) {
+	if (here < left || h->cgroups_unknown) {
 		*why = SHORTAGE_CGROUP;
 		left = here;
 	}
@@ -191,7 +193,7 @@ uint64_t headroom_memory(struct headroom *h, const struct headroom_ask *ask, enu
 
 void headroom_explain(const struct headroom *h, enum shortage why, uint64_t left, char *text, size_t size)
 {
-	if (why == SHORTAGE_CGROUP && !h->cgroups.known && !left)
+	if (why == SHORTAGE_CGROUP && h->cgroups_unknown)
 		snprintf(text, size, "the limits of QEMU's memory cgroup cannot be read from inside, and no controller has told them just now");
 	else if (why == SHORTAGE_CGROUP)
 		snprintf(text, size, "QEMU's memory cgroup leaves %" PRIu64 " MiB beyond its reserve", left / MIB);

@@ -29,11 +29,12 @@ const char *shortage_name(enum shortage s);
 
 /*
  * What a controller on the host has seen of cgroups that we cannot see: in a cgroup namespace the ancestors of its root, in
- * another root perhaps all of them. It is good for a short time only, and what is allocated counts against it.
+ * another root perhaps all of them. It is good for a short time only, and what is allocated counts against it. Once there was one,
+ * we know that there is more than we can see, and without one nothing is left.
  */
 struct lease {
 	_Atomic int64_t left; /* bytes */
-	_Atomic uint64_t until_ns; /* CLOCK_MONOTONIC */
+	_Atomic uint64_t until_ns; /* CLOCK_MONOTONIC; 0: there was none ever */
 };
 
 /* Files are opened once, when the process may still; as in struct cgroups. */
@@ -46,6 +47,7 @@ struct headroom {
 	struct cgroups cgroups;
 	struct numa numa;
 	struct lease lease; /* written by the control thread too */
+	bool cgroups_unknown; /* at the last headroom_memory() what they leave was not known */
 };
 
 void headroom_init(struct headroom *h);

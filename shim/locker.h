@@ -190,6 +190,7 @@ struct locker_status {
 	struct losses lost, repaired; /* since the start */
 	struct losses news_lost, news_repaired; /* with the events of the same names: since the last */
 	uint64_t host_reserve; /* bytes, in force */
+	bool cgroups_seen; /* as far as we can tell from inside */
 };
 
 /* A consistent picture. Counts resident pages when there are on-fault locks, so it may take a while. */

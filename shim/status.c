@@ -63,6 +63,7 @@ static void ask_kernel(const struct locker *l, struct locker_status *s, const st
 
 	s->foreign = vm_locked > (int64_t)s->foreign ? (uint64_t)vm_locked - s->foreign : 0;
 	s->memlock_limit = headroom_memlock_limit(&l->stepper.headroom);
+	s->cgroups_seen = l->stepper.headroom.cgroups.known;
 	s->host_reserve = headroom_reserve(&l->stepper.headroom, s->wish.host_reserve);
 	s->locked = 0;
 	missing = vm_locked < 0 || (uint64_t)vm_locked >= s->counted ? 0 : s->counted - (uint64_t)vm_locked;

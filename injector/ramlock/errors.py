@@ -9,6 +9,7 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
      +-- Refused             4  nothing was touched; the former guarantee is intact
      |    +-- CannotPreload  4    ... this program cannot be given the shim
      |    +-- LimitTooLow    4    ... RLIMIT_MEMLOCK does not allow it
+     |    +-- TooMuch        4    ... it does not fit into the memory that there is
      |    +-- CannotInject   4    ... this process cannot be given the shim
      |    +-- NeverParked    4    ... the main thread was never seen idle
      |    +-- AlreadyTraced  4    ... another tracer, such as a debugger, has the process
@@ -35,6 +36,8 @@ class RamlockError(Exception):
     """Base of all: one line of what happened (`message`) and one of what to do (`hint`)."""
 
     exit_code = 1
+    details: tuple[str, ...] = ()
+    """Lines to print between the two, such as a table."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -70,6 +73,18 @@ class CannotPreload(Refused):
 
 class LimitTooLow(Refused):
     """RLIMIT_MEMLOCK of the QEMU process does not allow the guarantee."""
+
+
+class TooMuch(Refused):
+    """The guarantee does not fit into what the host, a cgroup or other guarantees leave.
+
+    `never` is whether it would not fit either if all that can be freed were free.
+    """
+
+    def __init__(self, message: str, hint: str, *, never: bool, details: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint)
+        self.never = never
+        self.details = details
 
 
 class CannotInject(Refused):

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ramlock import host, procfs, reply
 from ramlock.control import Client
@@ -83,8 +83,25 @@ def query(client: Client, deadline: Deadline | None = None) -> Guarantee:
     return reply.parse(client.execute("query-ram-minguarantee", deadline=deadline.within(ANSWER_TIME)))
 
 
+class Admission(Protocol):
+    """What is done around setting a guarantee, by whoever knows more of the host than the VM does."""
+
+    def check(self, now: Guarantee) -> None:
+        """Raise Refused when the guarantee cannot be held, given the state `now` before it is set."""
+
+    def inform(self, client: Client) -> None:
+        """Tell the shim what it cannot see; called again and again while the guarantee is followed."""
+
+
 def place(
-    client: Client, wish: Wish, *, pid: int | None, deadline: Deadline, vouched: bool = False, tell: Tell | None = None
+    client: Client,
+    wish: Wish,
+    *,
+    pid: int | None,
+    deadline: Deadline,
+    vouched: bool = False,
+    tell: Tell | None = None,
+    admission: Admission | None = None,
 ) -> Guarantee:
     """Set the guarantee of the VM whose QEMU is `pid`; return its state right after.
 
@@ -101,6 +118,9 @@ def place(
     while True:
         before = _known(client, started, tell)
         tell = None
+        if admission is not None:
+            admission.check(before)
+            admission.inform(client)
         arguments = wish.arguments(before.ram)
         may_raise = _raise_limit(before, wish, pid, vouched)
         try:
@@ -126,7 +146,13 @@ def place(
 
 
 def follow(
-    client: Client, placed: Guarantee, *, deadline: Deadline, patient: bool, show: Callable[[int, int], None]
+    client: Client,
+    placed: Guarantee,
+    *,
+    deadline: Deadline,
+    patient: bool,
+    show: Callable[[int, int], None],
+    admission: Admission | None = None,
 ) -> Guarantee:
     """Wait until the guarantee `placed` is reached; `show` is told the bytes held and the bytes requested.
 
@@ -147,6 +173,8 @@ def follow(
             raise _timed_out(now, "in time")
         if stalled.expired and not patient:
             raise _timed_out(now, f"and nothing has changed for {STALL_TIME:.0f} s")
+        if admission is not None:
+            admission.inform(client)
         _wait_for_news(client, now, deadline.within(_POLL), show)
         try:
             latest = query(client, Deadline(LAST_LOOK) if deadline.expired else deadline)
@@ -173,6 +201,7 @@ _SHORT_HINTS = {
     "rlimit": "it stays set; raise RLIMIT_MEMLOCK of QEMU (prlimit --memlock) or ask for less",
     "cgroup": "it stays set; raise the memory limit of QEMU's cgroup or ask for less",
     "host-memory": "it stays set; free memory on the host or ask for less",
+    "numa-node": "it stays set; free memory of the node that the VM's memory is bound to, or ask for less",
     "map-count": "it stays set; raise vm.max_map_count or ask for less",
     "no-ram": "this VM has no guest RAM",
 }
@@ -229,7 +258,7 @@ def _raise_limit(before: Guarantee, wish: Wish, pid: int | None, vouched: bool) 
         return True  # the shim will refuse that, and then nothing shall be touched
     try:
         process = procfs.read(pid)
-        need = limit_needed(before, wish, process.locked)
+        need = limit_needed(before, wish, process.locked, vfio=host.has_vfio(pid))
         if need is not None and need <= before.memlock_limit:
             return True
         if not vouched and not procfs.looks_like_qemu(process.exe, process.cmdline):
@@ -245,15 +274,19 @@ def _raise_limit(before: Guarantee, wish: Wish, pid: int | None, vouched: bool) 
     return reached is None or (need is not None and reached >= need)
 
 
-def limit_needed(before: Guarantee, wish: Wish, locked: int) -> int | None:
+def limit_needed(before: Guarantee, wish: Wish, locked: int, *, vfio: bool = False) -> int | None:
     """Return the bytes of RLIMIT_MEMLOCK that the wish needs, None for no limit; `locked` is the process's VmLck.
 
     `all` also has to hold for memory that is plugged in later, so it takes the limit away; any other wish gets what it
     needs and no more. A hostile VM shall not talk us into more by its reply: the kernel's figures bound what it says.
+    With `vfio` it has devices of the host, which may pin all of guest RAM at any time, and a little more.
     """
     if wish.size.kind == "all":
         return None
-    return min(wish.size.resolve(before.ram) + min(before.foreign, locked) + host.SLACK, host.total_memory())
+    total = host.total_memory()
+    others = min(before.foreign, locked)
+    slack = min(before.ram, total) + host.VFIO_SLACK if vfio else 0
+    return min(wish.size.resolve(before.ram) + others + host.SLACK, total) + max(slack - others, 0)
 
 
 def _refusal(error: CommandError, before: Guarantee, wish: Wish, may_raise: bool) -> Refused | NoPermission:

@@ -1,9 +1,14 @@
-"""What the kernel lets a process lock: RLIMIT_MEMLOCK, read and raised (getrlimit(2), prlimit(2), mlock(2))."""
+"""What the kernel lets a process lock (RLIMIT_MEMLOCK, read and raised), and the memory of this host.
+
+See getrlimit(2), prlimit(2), mlock(2) and proc(5).
+"""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
+import re
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 from ramlock import procfs
 
@@ -11,12 +16,53 @@ CAP_IPC_LOCK = 14
 SLACK = 16 << 20
 """Bytes left in a limit for what else may be locked; a limit cut to the byte would fail on the first such page."""
 
+_VFIO = ("/dev/vfio/", "/dev/iommu", "anon_inode:[vfio", "anon_inode:kvm-vfio", "anon_inode:[iommufd")
+VFIO_SLACK = 1 << 30
+"""Bytes besides guest RAM that devices of the host may have pinned on account of RLIMIT_MEMLOCK."""
+RESERVE_LEAST = 512 << 20
+"""Bytes that the host keeps at least, unless the user says otherwise; the shim's shim/headroom.c says the same."""
+
 _INFINITY = resource.RLIM_INFINITY
 
 
 def total_memory() -> int:
     """Return the bytes of memory that this host has: nobody can lock more."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class MemoryFacts(NamedTuple):
+    """The memory of this host, in bytes."""
+
+    total: int
+    available: int
+    swap_free: int
+    hugetlb: int
+    """Set aside for huge pages."""
+
+
+def memory(proc: Path = procfs.PROC) -> MemoryFacts | None:
+    """Read /proc/meminfo; None when it cannot be."""
+    try:
+        text = (proc / "meminfo").read_text(errors="replace")
+        kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s*(\d+) kB$", text, re.MULTILINE)}
+        sizes = (kib["MemTotal"], kib["MemAvailable"], kib.get("SwapFree", 0), kib.get("Hugetlb", 0))
+    except (OSError, KeyError):
+        return None
+    return MemoryFacts(*(size * 1024 for size in sizes))
+
+
+def reserve(total: int, asked: int | None) -> int:
+    """Return the bytes that the host of `total` bytes keeps; `asked` is the user's word, None or 0 the default."""
+    return asked or max(RESERVE_LEAST, total // 50)
+
+
+def has_vfio(pid: int, proc: Path = procfs.PROC) -> bool:
+    """Tell whether `pid` has a device of the host (VFIO, iommufd); False also when we may not know."""
+    try:
+        links = [os.readlink(entry.path) for entry in os.scandir(proc / str(pid) / "fd")]
+    except OSError:
+        return False
+    return any(link.startswith(_VFIO) for link in links)
 
 
 def raise_memlock(pid: int, need: int | None) -> int | None:

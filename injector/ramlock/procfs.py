@@ -204,6 +204,15 @@ def same_root(pid: int, proc: Path = PROC) -> bool:
         return True
 
 
+def hides_cgroups(pid: int, proc: Path = PROC) -> bool:
+    """Tell whether `pid` is in another cgroup namespace, and so may not see all ancestors of its cgroups."""
+    try:
+        ours, theirs = os.stat(proc / "self/ns/cgroup"), os.stat(proc / str(pid) / "ns/cgroup")
+    except OSError:
+        return False  # a kernel without them, or not ours to know
+    return ours.st_ino != theirs.st_ino
+
+
 def qemus(proc: Path = PROC) -> Iterator[Process]:
     """Yield every process that looks like a QEMU system emulator, in order of pid."""
     for pid in sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal()):

@@ -67,6 +67,8 @@ class Guarantee(NamedTuple):
     threads: int | None
     host_reserve: int | None
     """Bytes that locking leaves for the host; None from a shim that does not say."""
+    cgroups_seen: bool
+    """Whether the shim can read the limits of its memory cgroups; an older one does not say."""
     memlock_limit: int | None
     """RLIMIT_MEMLOCK; None is unlimited."""
     why: Why | None
@@ -115,6 +117,7 @@ def parse(reply: object) -> Guarantee:
         hold_budget=_maybe(reply, "hold-budget"),
         threads=_maybe(reply, "threads"),
         host_reserve=_maybe(reply, "host-reserve"),
+        cgroups_seen=_get(reply, "cgroups-seen", bool, True),
         memlock_limit=_maybe(reply, "memlock-limit"),
         why=_why(why) if isinstance(why, dict) else None,
         launch_error=printable(_get(reply, "launch-error", str)) if "launch-error" in reply else None,

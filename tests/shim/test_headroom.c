@@ -255,6 +255,10 @@ static void a_controller_tells_what_cannot_be_seen(void)
 	CHECK_EQ(headroom_memory(&h, &ask, &why), 960 * MIB);
 	headroom_lease(&h, 100 * MIB, 3000);
 	CHECK_EQ(headroom_memory(&h, &ask, &why), 100 * MIB);
+	ask.now_ns = 3000; /* there is more than can be seen, and nobody tells it any more */
+	CHECK_EQ(headroom_memory(&h, &ask, &why), 0);
+	headroom_explain(&h, why, 0, text, sizeof(text));
+	CHECK_CONTAINS(text, "cannot be read");
 	headroom_deinit(&h);
 	ask.now_ns = 0;
 	end();

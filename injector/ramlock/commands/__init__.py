@@ -94,7 +94,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except RamlockError as error:
         if isinstance(error, Interrupted):
             _discard_output()  # what could not be written until now would be waited for again on the way out
-        _tell(error.message, error.hint)
+        _tell(error.message, error.hint, error.details)
         return error.exit_code
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "ramlock"
@@ -143,11 +143,13 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(message: str, hint: str) -> None:
-    """Print one line of what happened and one of what to do."""
-    for style, word, text in (("red", "ramlock:", message), ("cyan", "hint:", hint)):
+def _tell(message: str, hint: str, details: Sequence[str] = ()) -> None:
+    """Print one line of what happened and one of what to do, with `details` in between."""
+    for style, word, text, more in (("red", "ramlock:", message, details), ("cyan", "hint:", hint, ())):
         line = printable(" ".join(text.split("\n")), 2000)
         click.echo(f"{click.style(word, fg=style)} {line}", err=True, color=_color())
+        for row in more:
+            click.echo(printable(row, 200), err=True)
 
 
 def _color() -> bool | None:

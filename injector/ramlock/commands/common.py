@@ -131,6 +131,9 @@ def lock_options(function: F) -> F:
     return function
 
 
+force_option = click.option(
+    "--force", is_flag=True, help="Set it also when it does not seem to fit; locking still stops short of any limit."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the shim's reply as JSON; sizes in bytes.")
 
 

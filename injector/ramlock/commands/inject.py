@@ -10,6 +10,7 @@ from ramlock import __version__, guarantee, vms
 from ramlock.commands.common import (
     emit,
     emit_json,
+    force_option,
     lock_options,
     one_vm_options,
     read_seconds,
@@ -55,6 +56,7 @@ def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None
     is_flag=True,
     help="Also where guest RAM is only a guess (see ramlock locate), which may lock other memory of QEMU's.",
 )
+@force_option
 @click.option("--upgrade", is_flag=True, help="Replace a shim of another version; what is locked stays locked.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON; times in µs.")
 @click.option("--list-steps", is_flag=True, hidden=True, is_eager=True, expose_value=False, callback=_list_steps)
@@ -73,6 +75,7 @@ def command(
     timeout: float,
     allow_seccomp: bool,
     allow_probable: bool,
+    force: bool,
     upgrade: bool,
     as_json: bool,
 ) -> None:
@@ -108,7 +111,7 @@ def command(
                     "try again when the VM has started",
                 )
             wish = guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve)
-            now = place_and_follow(found, wish, Deadline(None), wait=wait, patient=False)
+            now = place_and_follow(found, wish, Deadline(None), wait=wait, patient=False, force=force)
         if as_json:
             emit_json(_json(outcome))
             return

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
-from ramlock import guarantee, vms
+from ramlock import admission, guarantee, vms
 from ramlock.commands.common import (
     emit,
     emit_json,
+    force_option,
     json_option,
     lock_options,
     read_seconds,
@@ -39,6 +40,7 @@ Show = Callable[[int, int], None]
     metavar="SECONDS",
     help="Wait no longer than this, and also wait out a shortage.",
 )
+@force_option
 @json_option
 def command(
     size: Size,
@@ -52,6 +54,7 @@ def command(
     host_reserve: int | None,
     wait: bool,
     timeout: float | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Set how much guest RAM is guaranteed.
@@ -64,6 +67,8 @@ def command(
       ramlock set all --pid 4711
     From a script, with a minute of patience, also for memory that is short just now:
       ramlock set 3G --vm web --timeout 60 --json
+    Though it does not seem to fit; it still stops short of what would get the VM killed:
+      ramlock set 3G --vm web --force
     Let go of everything:
       ramlock set 0 --vm web
 
@@ -80,6 +85,7 @@ def command(
             deadline,
             wait=wait,
             patient=timeout is not None,
+            force=force,
             as_json=as_json,
             vouched=socket is None,
         )
@@ -99,19 +105,22 @@ def place_and_follow(
     *,
     wait: bool,
     patient: bool,
+    force: bool = False,
     as_json: bool = False,
     vouched: bool = True,
 ) -> Guarantee:
     """Set the guarantee and, with `wait`, follow it to its end. Raises what guarantee.place() and follow() raise.
 
-    With `as_json` the state is also printed when the guarantee is not reached; `vouched` as for guarantee.place().
+    With `force` it is tried also when it does not seem to fit. With `as_json` the state is also printed when the
+    guarantee is not reached; `vouched` as for guarantee.place().
     """
-    placed = _place(found, wish, deadline, vouched=vouched)
+    gate = admission.Gate(found.pid, wish, force=force, patient=patient, followed=wait, warn=_warn)
+    placed = _place(found, wish, deadline, gate, vouched=vouched)
     if not wait:
         return placed
     try:
         with _progress(found.label, placed) as show:
-            return guarantee.follow(found.client, placed, deadline=deadline, patient=patient, show=show)
+            return guarantee.follow(found.client, placed, deadline=deadline, patient=patient, show=show, admission=gate)
     except KeyboardInterrupt:
         raise _left(placed) from None
     except (Short, TimedOut):
@@ -137,10 +146,22 @@ def _tell(found: vms.Vm, deadline: Deadline) -> guarantee.Tell:
     return tell_it
 
 
-def _place(found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, *, vouched: bool) -> Guarantee:
+def _warn(text: str) -> None:
+    click.echo(f"ramlock: {text}", err=True)
+
+
+def _place(
+    found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, gate: admission.Gate, *, vouched: bool
+) -> Guarantee:
     try:
         return guarantee.place(
-            found.client, wish, pid=found.pid, deadline=deadline, vouched=vouched, tell=_tell(found, deadline)
+            found.client,
+            wish,
+            pid=found.pid,
+            deadline=deadline,
+            vouched=vouched,
+            tell=_tell(found, deadline),
+            admission=gate,
         )
     except KeyboardInterrupt:
         raise Interrupted(
