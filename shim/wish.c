@@ -72,7 +72,7 @@ static void expect_work(struct locker *l)
 		l->state = LOCKER_LOCKING;
 	else if (l->books.held.total > want || l->books.gone.total)
 		l->state = LOCKER_UNLOCKING;
-	else if (l->state == LOCKER_SHORT)
+	else if (l->state == LOCKER_SHORT || l->state == LOCKER_WAITING)
 		l->state = LOCKER_LOCKING; /* until the thread has looked */
 	pthread_cond_signal(&l->wake);
 }

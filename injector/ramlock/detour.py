@@ -21,6 +21,7 @@ from ramlock import elf, procfs, x86_64
 from ramlock.deadline import Deadline
 from ramlock.errors import CannotInject, NeverParked
 from ramlock.memory import Mapping, Memory, Object, Segment
+from ramlock.priority import hurry
 from ramlock.teststeps import step
 from ramlock.tracee import NotStopped, Registers, Tracee
 
@@ -230,7 +231,7 @@ def _attempt(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     gc.disable()
     try:
-        with thread:
+        with hurry(), thread:
             begun = time.monotonic_ns()
             try:
                 thread.stop(STOP_TIMEOUT)

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "streams", "text", "teststeps"},
     {"deadline", "sizes"},
     {"procfs", "elf", "control", "reply", "shim", "tracee"},
-    {"host", "cgroups", "inside", "memory", "qom", "rights", "x86_64"},
+    {"host", "cgroups", "inside", "memory", "priority", "qom", "rights", "x86_64"},
     {"endpoint", "guestram", "loaded", "room"},
     {"qemuargs"},
     {"launch", "guarantee", "detour", "place", "road", "ramlist"},

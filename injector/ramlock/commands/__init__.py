@@ -11,6 +11,7 @@ import click
 
 from ramlock import __version__, streams
 from ramlock.errors import Interrupted, RamlockError
+from ramlock.priority import give_way
 from ramlock.text import printable
 
 VERBS = {
@@ -24,6 +25,9 @@ VERBS = {
 }
 """Every verb and its one line of help; `ramlock --help` needs no more, and loads none of the modules."""
 
+LOOKERS = {"inject", "locate", "preflight"}
+"""Those that look at much of the VM, and so take CPU time that it may miss."""
+
 
 class _Lazy(click.Group):
     """A group that imports the module of a verb when the verb is used."""
@@ -34,6 +38,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
+        if cmd_name in LOOKERS:
+            give_way()
         command = importlib.import_module(f"ramlock.commands.{cmd_name}").command
         return command if isinstance(command, click.Command) else None
 
