@@ -35,7 +35,7 @@ built: shim $(INSTALLED)
 help: ## Explain every target
 	@echo 'Begin with "make demo" or "make test". Targets:'
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sort | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
-	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12, V=1 (show commands)'
+	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress), SIZE=8G QUICK=1 KVM=1 (bench), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12, V=1 (show commands)'
 
 .PHONY: deps
 deps: ## Install what building and testing need, as far as it is missing (apt, as root or by sudo)
@@ -94,12 +94,20 @@ linted: lint-shim
 	@$(VENV)/bin/mypy --strict injector/ramlock
 	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/test_kernel_facts.py tests/qemu examples benchmarks
 
+SIZE ?= 8G
 .PHONY: bench
-bench: ## Measure how long QEMU is silent while memory is locked or the shim is injected, against the usual ways
+bench: ## Measure who waits while memory is locked, against the usual ways; writes docs/benchmarks.md and plots
 	@.ci/deps bench
-	@+$(AGAIN) ready
+	@+$(AGAIN) ready build/bench/bystander.so $(VENV)/.bench
+	@$(PYTHON_BIN) benchmarks/lock.py --size $(SIZE) $(if $(QUICK),--quick) $(if $(KVM),--kvm)
+	@$(PYTHON_BIN) benchmarks/report.py
 	@$(PYTHON_BIN) benchmarks/silence.py
 	@$(PYTHON_BIN) benchmarks/inject.py
+
+$(VENV)/.bench: pyproject.toml $(INSTALLED)
+	@echo "installing what plots need into $(VENV)"
+	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --editable '.[bench]'
+	@touch $@
 
 # The programs of docs/kernel-facts: exit 0 the fact holds, 1 it does not, 77 it cannot be asked here.
 FACTS := $(patsubst docs/kernel-facts/%.c,build/kernel-facts/%,$(wildcard docs/kernel-facts/*.c))
@@ -115,6 +123,10 @@ facts: ## Run the programs that show what the engine relies on in the kernel (do
 .PHONY: facts-built
 facts-built: $(FACTS)
 	@:
+
+build/bench/bystander.so: benchmarks/bystander.c Makefile
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -O2 -fPIC -shared $(SHIM_WARNINGS) $(CFLAGS) -pthread -o $@ $< -ldl
 
 build/kernel-facts/%: docs/kernel-facts/%.c docs/kernel-facts/fact.h docs/kernel-facts/group.h Makefile
 	@mkdir -p $(@D)

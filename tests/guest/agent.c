@@ -257,6 +257,113 @@ static void do_report(struct agent *c)
 	reply(c, "ok %" PRIu64 " %" PRIu64 " %" PRIu64, n_guards ? rounds : 0, wrong, where);
 }
 
+/*
+ * `feel` and `felt`: a thread that looks at the clock without a pause, and in each millisecond touches a page. For each
+ * millisecond it keeps the longest gap between two looks, and how long the touch took.
+ */
+#define FEEL_PAGES 4096UL
+#define FEEL_MAX 120000
+
+static struct {
+	pthread_t thread;
+	unsigned char *mem;
+	_Atomic int stop;
+	size_t n, page;
+	float gaps[FEEL_MAX], touches[FEEL_MAX]; /* seconds */
+} feeling;
+
+static void *feel_main(void *unused)
+{
+	double last = now(CLOCK_MONOTONIC), window = last + 1e-3, longest = 0, t;
+
+	(void)unused;
+	while (!feeling.stop) {
+		t = now(CLOCK_MONOTONIC);
+		if (t - last > longest)
+			longest = t - last;
+		last = t;
+		if (t < window || feeling.n >= FEEL_MAX)
+			continue;
+		((volatile unsigned char *)feeling.mem)[feeling.page * PAGE] = 1;
+		feeling.page = (feeling.page + 1) % FEEL_PAGES;
+		last = now(CLOCK_MONOTONIC);
+		feeling.touches[feeling.n] = (float)(last - t);
+		feeling.gaps[feeling.n++] = (float)longest;
+		longest = 0;
+		window = last + 1e-3;
+	}
+	return NULL;
+}
+
+/* Where the pages are in the guest's memory: "ok FRAME+COUNT ...", in pages. What they hold is of no matter to anybody. */
+static void do_where(struct agent *c)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY);
+	uint64_t first = 0, count = 0, entry;
+
+	if (!feeling.mem) {
+		feeling.mem = mmap(NULL, FEEL_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		mlock(feeling.mem, FEEL_PAGES * PAGE);
+	}
+	fprintf(c->out, "ok");
+	for (size_t i = 0; i < FEEL_PAGES; i++) {
+		if (pread(fd, &entry, sizeof(entry), (off_t)(((uintptr_t)feeling.mem / PAGE + i) * sizeof(entry))) < 0)
+			break;
+		entry &= (UINT64_C(1) << 55) - 1;
+		if (count && entry == first + count) {
+			count++;
+			continue;
+		}
+		if (count)
+			fprintf(c->out, " %" PRIu64 "+%" PRIu64, first, count);
+		first = entry;
+		count = 1;
+	}
+	close(fd);
+	reply(c, " %" PRIu64 "+%" PRIu64, first, count);
+}
+
+static void do_feel(struct agent *c)
+{
+	if (!feeling.mem) {
+		reply(c, "error ask where first");
+		return;
+	}
+	feeling.n = 0;
+	feeling.page = 0;
+	feeling.stop = 0;
+	if (pthread_create(&feeling.thread, NULL, feel_main, NULL))
+		reply(c, "error no thread");
+	else
+		reply(c, "ok");
+}
+
+static int compare(const void *a, const void *b)
+{
+	float x = *(const float *)a, y = *(const float *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* "count longest,next,...": the highest hundredth, which is all that percentiles need. */
+static void tell(struct agent *c, float *samples)
+{
+	qsort(samples, feeling.n, sizeof(samples[0]), compare);
+	fprintf(c->out, " %zu ", feeling.n);
+	for (size_t i = 0; i < feeling.n / 100 + 1 && i < feeling.n; i++)
+		fprintf(c->out, "%s%.7f", i ? "," : "", (double)samples[feeling.n - 1 - i]);
+}
+
+static void do_felt(struct agent *c)
+{
+	feeling.stop = 1;
+	pthread_join(feeling.thread, NULL);
+	fprintf(c->out, "ok");
+	tell(c, feeling.gaps);
+	tell(c, feeling.touches);
+	reply(c, "%s", "");
+}
+
 static void run(struct agent *c, char *line)
 {
 	const char *verb = strtok(line, " \t\r\n");
@@ -287,6 +394,12 @@ static void run(struct agent *c, char *line)
 		do_clockgap(c, arg);
 	else if (!strcmp(verb, "patrol"))
 		do_patrol(c, arg);
+	else if (!strcmp(verb, "where"))
+		do_where(c);
+	else if (!strcmp(verb, "feel"))
+		do_feel(c);
+	else if (!strcmp(verb, "felt"))
+		do_felt(c);
 	else if (!strcmp(verb, "report"))
 		do_report(c);
 	else if (!strcmp(verb, "poweroff")) {

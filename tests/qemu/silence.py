@@ -11,13 +11,14 @@ from tests.qemu.monitor import Monitor
 
 
 class Silence:
-    """Asks `query-status` in a thread while it is entered; `longest` is the longest wait for an answer, in seconds.
+    """Asks `query-status` in a thread while it is entered; `waits` are how long that took, in seconds.
 
     Nobody else may use the session meanwhile.
     """
 
     def __init__(self, monitor: Monitor, pause: float = 0.0005) -> None:
         self.longest = 0.0
+        self.waits: list[float] = []
         self.asked = 0
         self.error: BaseException | None = None
         self._monitor = monitor
@@ -42,7 +43,8 @@ class Silence:
             while not self._stop.is_set():
                 begin = time.monotonic()
                 self._monitor.execute("query-status", timeout=120)
-                self.longest = max(self.longest, time.monotonic() - begin)
+                self.waits.append(time.monotonic() - begin)
+                self.longest = max(self.longest, self.waits[-1])
                 self.asked += 1
                 time.sleep(self._pause)
         except Exception as error:  # noqa: BLE001 - raised again in the thread that asked for this

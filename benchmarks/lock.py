@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""Locks the memory of a running VM in the usual ways and in ramlock's, and measures who has to wait (`make bench`).
+
+Each round does every way once, in one VM, so that whatever else the machine does hits all of them. Results go to
+build/bench, one file for each kind of memory; report.py makes the page and the plots of them.
+"""
+
+# SPDX-License-Identifier: GPL-2.0-or-later
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import kvm
+from bench import Measured, Vm, Watch
+from tests.qemu.guest import GIB, ROOT
+from tests.qemu.pressure import Zram
+
+RESULTS = ROOT / "build/bench"
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# Name: (transparent huge pages, state of the DIMM, part of the size)
+KINDS = {
+    "cold 4K": ("never", "cold", 1.0),
+    "cold THP": ("always", "cold", 1.0),
+    "resident": ("never", "resident", 1.0),
+    "swapped": ("never", "swapped", 0.25),
+}
+Work = Callable[[], tuple[float, float]]
+
+
+@contextmanager
+def huge_pages(value: str) -> Iterator[None]:
+    """The host's setting, put back afterwards."""
+    former = THP.read_text().split("[")[1].split("]")[0]
+    THP.write_text(value)
+    try:
+        yield
+    finally:
+        THP.write_text(former)
+
+
+class Rounds:
+    """Measures all ways in one VM, again and again."""
+
+    def __init__(self, vm: Vm, state: str) -> None:
+        self.vm = vm
+        self.state = state
+        self.measured: dict[str, list[Measured]] = {}
+        self.events: dict[str, list[dict[str, int]]] = {}
+        self.whole = vm.dimm() if state == "resident" else vm.whole()
+        self.asked: int | str = vm.size if state == "resident" else "all"
+        self.threads = "threads" in vm.shim.execute("query-ram-minguarantee")
+        self._like = (1.0, 1.0)  # what the last ramlock took
+
+    def measure(self, name: str, work: Work, *, inside: bool = True, prepare: bool = True) -> Measured:
+        """Does something while everybody is watched."""
+        if prepare:
+            self.vm.make(self.state)
+        rss, before = self.vm.rss(), kvm.counters(self.vm.pid)
+        with Watch(self.vm, inside) as watch:
+            wall, cpu = work()
+        measured = Measured(wall, cpu, watch.waits, self.vm.rss() - rss)
+        self.measured.setdefault(name, []).append(measured)
+        self.events.setdefault(name, []).append(kvm.since(before, kvm.counters(self.vm.pid)))
+        return measured
+
+    def spin(self) -> tuple[float, float]:
+        wall, cpu = self._like
+        self.vm.helper.ask(f"spin {wall} {min(cpu / wall, 1.0)}")
+        return self._like
+
+    def wait(self) -> tuple[float, float]:
+        time.sleep(self._like[0])
+        return self._like[0], 0.0
+
+    def prealloc(self) -> tuple[float, float]:
+        """QEMU populates as much in a new backend, by two threads of its own; nothing is locked."""
+        backend = {"qom-type": "memory-backend-ram", "id": "rival", "size": self.vm.size, "share": False}
+        begin = time.monotonic()
+        self.vm.second.execute("object-add", {**backend, "prealloc": True, "prealloc-threads": 2}, timeout=300)
+        took = time.monotonic() - begin
+        self.vm.second.execute("object-del", {"id": "rival"}, timeout=300)
+        return took, 0.0
+
+    def round(self) -> None:
+        vm, whole = self.vm, self.whole
+        ours = self.measure("ramlock", lambda: vm.guarantee(self.asked))
+        self._like = (ours.wall, ours.cpu)
+        self.measure("ramlock, lowering", lambda: vm.guarantee(0), prepare=False)
+        self.measure("own thread", lambda: vm.do("lock", whole))
+        self.measure("own thread, lowering", lambda: vm.do("unlock", whole), prepare=False)
+        self.measure("spinner", self.spin)
+        self.measure("main thread", lambda: vm.do("lock", whole, "main"))
+        self.measure("idle", self.wait)
+        # With a processor to spare: nobody asks and nothing maps, only the guest itself looks at its clock.
+        self.measure("ramlock alone", lambda: vm.guarantee(self.asked), inside=False)
+        self.measure("ramlock alone, lowering", lambda: vm.guarantee(0), inside=False, prepare=False)
+        self.measure("own thread alone", lambda: vm.do("lock", whole), inside=False)
+        self.measure("own thread alone, lowering", lambda: vm.do("unlock", whole), inside=False, prepare=False)
+        self.measure("idle alone", self.wait, inside=False)
+        if self.state == "cold":
+            if self.threads:
+                self.measure("ramlock, 2 threads", lambda: vm.guarantee(self.asked, threads=2), inside=False)
+                vm.guarantee(0, threads=1)
+            vm.make("cold")
+            self.measure("prealloc, 2 threads", self.prealloc, inside=False, prepare=False)
+
+
+def run(kind: str, size: int, rounds: int, accel: str) -> None:
+    """Measures one kind of memory and writes what was found."""
+    pages, state, part = KINDS[kind]
+    size = int(size * part) // GIB * GIB or GIB
+    with ExitStack() as stack:
+        stack.enter_context(huge_pages(pages))
+        if state == "swapped":
+            stack.enter_context(Zram(2 * size))
+        vm = stack.enter_context(Vm(size, accel))
+        # The host's memory is itself a guest's often, and slower when it is used for the first time.
+        vm.do("populate", vm.dimm())
+        vm.guarantee(0)
+        wakeups = [vm.wakeups(10)]
+        vm.guarantee(64 << 20)
+        wakeups.append(vm.wakeups(10))
+        work = Rounds(vm, state)
+        for number in range(rounds):
+            work.round()
+            print(f"{kind}, {size // GIB} GiB: round {number + 1} of {rounds}", file=sys.stderr)
+            save(kind, size, accel, wakeups, work)
+
+
+def save(kind: str, size: int, accel: str, wakeups: list[int], work: Rounds) -> None:
+    """Writes what was found so far: an interrupted run is worth its rounds."""
+    memory = os.sysconf("SC_PHYS_PAGES") * 4096 / GIB
+    result = {
+        "kind": kind,
+        "size": size,
+        "rounds": len(work.measured["idle alone"]),
+        "date": time.strftime("%Y-%m-%d"),
+        "accel": accel,
+        "machine": f"{os.cpu_count()} processors, {memory:.0f} GiB, Linux {platform.release()}",
+        "wakeups": wakeups,
+        "measured": {name: [dataclasses.asdict(m) for m in many] for name, many in work.measured.items()},
+        "events": work.events,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{kind.replace(' ', '-')}-{size // GIB}.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="8G", help="memory that is locked, in GiB (swapped: a quarter of it)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of memory; all when not given")
+    parser.add_argument("--quick", action="store_true", help="1 GiB, two rounds: to see whether it works")
+    parser.add_argument("--kvm", action="store_true", help="under KVM, with its exits and MMU notifiers")
+    options = parser.parse_args()
+    if os.geteuid() != 0:
+        sys.exit("Only root may lock so much, set huge pages and make swap.\nRun make bench as root.")
+    if options.kvm and (why := kvm.unusable()):
+        sys.exit(f"KVM cannot be used here: {why}\nRun make bench without KVM=1 for figures of emulation (TCG).")
+    size, rounds = (GIB, 2) if options.quick else (int(options.size.rstrip("GgiB")) * GIB, options.rounds)
+    for kind in options.kind or KINDS:
+        run(kind, size, rounds, "kvm" if options.kvm else "tcg")
+
+
+if __name__ == "__main__":
+    main()
