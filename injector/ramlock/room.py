@@ -38,7 +38,7 @@ class Holder(NamedTuple):
 
     pid: int
     name: str
-    user: str
+    uid: int
     locked: int
     """Bytes, as the kernel counts them (VmLck)."""
 
@@ -46,7 +46,7 @@ class Holder(NamedTuple):
 def holders(proc: Path = procfs.PROC) -> list[Holder]:
     """Return every QEMU on this host with the bytes that it has locked, as far as we may see it; the largest first."""
     found = [
-        Holder(process.pid, printable(process.name or "-", 40), _user(process.uids[1]), process.locked)
+        Holder(process.pid, printable(process.name or "-", 40), process.uids[1], process.locked)
         for process in procfs.qemus(proc)
     ]
     return sorted(found, key=lambda holder: (-holder.locked, holder.pid))
@@ -139,7 +139,7 @@ def _table(everyone: list[Holder], pid: int, want: int) -> tuple[str, ...]:
     rows = [("pid", "VM", "user", "locked")]
     for holder in everyone[:_TABLE_MOST]:
         now = format_size(holder.locked) + (f", asked: {format_size(want)}" if holder.pid == pid else "")
-        rows.append((str(holder.pid), holder.name, holder.user, now))
+        rows.append((str(holder.pid), holder.name, _user(holder.uid), now))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"  {row[0]:>{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]}" for row in rows]
     more = len(everyone) - _TABLE_MOST
