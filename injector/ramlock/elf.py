@@ -227,14 +227,6 @@ def notes(file: int) -> list[bytes]:
     return [os.pread(file, min(size, _NOTE_MOST), offset) for kind, offset, size, _link in headers if kind == _SHT_NOTE]
 
 
-def has_dwarf(file: IO[bytes]) -> bool:
-    """Whether the file has debug information in it."""
-    try:
-        return ELFFile(file).get_section_by_name(".debug_info") is not None
-    except (OSError, ELFError, *_STUMBLES):
-        return False
-
-
 def members(file: IO[bytes], struct_name: str, near: int | None, deadline: Deadline) -> dict[str, int]:
     """Return the members of a C structure and their offsets in bytes, from DWARF; none when they are not found in time.
 

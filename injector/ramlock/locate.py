@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from ramlock import guestram, loaded, mapsource, procfs, qemuargs, ramlist
+from ramlock import confined, guestram, loaded, mapsource, procfs, qemuargs, ramlist
 from ramlock.deadline import Deadline
-from ramlock.errors import GuestRamMismatch, NotLocated, RamlockError
+from ramlock.errors import GuestRamMismatch, NotLocated
 from ramlock.guestram import Block, Found, Malformed
 from ramlock.memory import Mapping, Memory, Object, find_build_id
 
@@ -27,7 +27,8 @@ DEBUG = Path("/usr/lib/debug/.build-id")
 _TRIES, _PAUSE = 20, 0.01
 _TIME = 1.0
 """Seconds that all tries may take together; a list as it should be takes a millisecond."""
-_DWARF_TIME = 1.0
+_DWARF_TIME, _FILE_MOST = 1.0, 3.0
+"""Seconds in which debug information has to be found, and after which reading a file is given up wherever it is."""
 _FDS_MOST = 16384
 _GUEST_MEMFD = "anon_inode:[kvm-gmem]"
 _NEAR = "qemu_ram_foreach_block"  # a function in the unit that knows struct RAMBlock in full
@@ -217,8 +218,11 @@ def _find(process: procfs.Process, memory: Memory, proc: Path, debug: Path) -> _
         if path is None or (found := _in_file(path, build_id, program.bias, trusted=trusted)) is None:
             continue
         where, near = found
-        chosen = path if _has_dwarf(path) else separate
-        return where._replace(layouts=_lazily(lambda: [*_dwarf(chosen, build_id, near), ramlist.KNOWN]))  # noqa: B023 returns
+
+        def by_debug_information() -> list[ramlist.Layout]:
+            return [*(_dwarf(path, build_id, near) or _dwarf(separate, build_id, near)), ramlist.KNOWN]  # noqa: B023 returns
+
+        return where._replace(layouts=_lazily(by_debug_information))
     return None
 
 
@@ -245,61 +249,58 @@ def _open(path: Path) -> int:
 
 def _in_file(path: Path, build_id: str, bias: int, *, trusted: bool) -> tuple[_Where, int | None] | None:
     """Look ram_list up in a file that is of this build; `trusted` is one that need not prove it."""
-    from ramlock import elf  # loads a library that most QEMUs do not need
+    if not path.exists():
+        return None
+    from ramlock import elf  # noqa: F401 a library that most QEMUs do not need, loaded once for all children
 
-    try:
-        file = _open(path)
-    except OSError:
+    found = confined.run(lambda: _symbols(path, build_id, trusted=trusted), _FILE_MOST) or {}
+    address, size = found.get("ram_list", (0, 0))
+    if size < 16:
         return None
-    try:
-        if not trusted and (not build_id or build_id not in map(find_build_id, elf.notes(file))):
-            return None
-        found = elf.symbols(file, ("ram_list", _NEAR))
-    except (OSError, ValueError):
-        return None
-    finally:
-        os.close(file)
-    if "ram_list" not in found or found["ram_list"].size < 16:
-        return None
-    near = found[_NEAR].address if _NEAR in found else None
-    return _Where((found["ram_list"].address + bias) % (1 << 64), found["ram_list"].size, list), near
+    near = found[_NEAR][0] if _NEAR in found else None
+    return _Where((address + bias) % (1 << 64), size, list), near
 
 
-def _has_dwarf(path: Path) -> bool:
+def _symbols(path: Path, build_id: str, *, trusted: bool) -> dict[str, tuple[int, int]]:
     from ramlock import elf
 
-    with suppress(OSError), path.open("rb") as file:
-        return elf.has_dwarf(file)
-    return False
+    file = _open(path)
+    if not trusted and (not build_id or build_id not in map(find_build_id, elf.notes(file))):
+        return {}
+    return {name: (found.address, found.size) for name, found in elf.symbols(file, ("ram_list", _NEAR)).items()}
 
 
 def _dwarf(path: Path | None, build_id: str, near: int | None) -> list[ramlist.Layout]:
     """Read the fields of struct RAMBlock; nothing when they are not found in time."""
-    from ramlock import elf
-
     if path is None:
         return []
-    with suppress(OSError, ValueError, RamlockError):
-        number = _open(path)
-        with os.fdopen(number, "rb") as file:
-            if build_id and build_id not in map(find_build_id, elf.notes(number)):
-                return []
-            f = elf.members(file, "RAMBlock", near, Deadline(_DWARF_TIME))
-        wanted = ("mr", "host", "used_length", "max_length", "flags", "idstr", "next", "page_size")
-        if all(0 <= f.get(name, -1) < 4096 for name in wanted):
-            return [
-                ramlist.Layout(
-                    mr=f["mr"],
-                    host=f["host"],
-                    used=f["used_length"],
-                    most=f["max_length"],
-                    flags=f["flags"],
-                    id=f["idstr"],
-                    next=f["next"],
-                    page_size=(f["page_size"],),
-                )
-            ]
-    return []
+    # pyelftools takes sections of any size, also compressed ones.
+    f = confined.run(lambda: _members(path, build_id, near), _FILE_MOST) or {}
+    wanted = ("mr", "host", "used_length", "max_length", "flags", "idstr", "next", "page_size")
+    if not all(0 <= f.get(name, -1) < 4096 for name in wanted):
+        return []
+    return [
+        ramlist.Layout(
+            mr=f["mr"],
+            host=f["host"],
+            used=f["used_length"],
+            most=f["max_length"],
+            flags=f["flags"],
+            id=f["idstr"],
+            next=f["next"],
+            page_size=(f["page_size"],),
+        )
+    ]
+
+
+def _members(path: Path, build_id: str, near: int | None) -> dict[str, int]:
+    from ramlock import elf
+
+    number = _open(path)
+    with os.fdopen(number, "rb") as file:
+        if build_id and build_id not in map(find_build_id, elf.notes(number)):
+            return {}
+        return elf.members(file, "RAMBlock", near, Deadline(_DWARF_TIME))
 
 
 class _Backings:

@@ -252,13 +252,15 @@ def vm_name(cmdline: tuple[str, ...]) -> str | None:
 
 def split_options(value: str) -> list[str]:
     """Split QEMU's `a,b=c,,d` into "a" and "b=c,d"."""
-    parts = [""]
+    parts = []
+    words: list[str] = []  # of one part; joined at its end, for a line of commas may be long
     for piece in re.split(r"(,,|,)", value):
         if piece == ",":
-            parts.append("")
+            parts.append("".join(words))
+            words = []
         else:
-            parts[-1] += "," if piece == ",," else piece
-    return parts
+            words.append("," if piece == ",," else piece)
+    return [*parts, "".join(words)]
 
 
 class Pin:

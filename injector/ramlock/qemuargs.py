@@ -195,12 +195,12 @@ class _State:
             out.confidential = True
         machine_memdev = self.machine.get("memory-backend")
         kind = str(self.machine.get("type", ""))
-        names = list(self.nodes)
+        names = dict.fromkeys(self.nodes)  # and no list, in which to look is slow
         if isinstance(machine_memdev, str):
-            names.append(machine_memdev)
+            names[machine_memdev] = None
         elif not names and kind != "none":
             self._machine_ram(kind, program)
-        for name in dict.fromkeys(names):
+        for name in names:
             self._use(name)
         out.uses = {**self.devices, **dict.fromkeys(names, MACHINE)}
         for name, driver in self.devices.items():

@@ -17,6 +17,8 @@ from ramlock.sizes import MIB, format_apart, format_size
 from ramlock.text import printable
 
 _TABLE_MOST = 20
+_MAPS_MOST, _FILES_MOST = 32 << 20, 1024
+"""Bytes of mappings, and shared files, that a process may have before it is left to the shim."""
 _FORCE = "or try anyway with --force: it stops short of the limit"
 
 
@@ -118,20 +120,28 @@ def _resident(pid: int, proc: Path) -> int | None:
     try:
         status = (proc / str(pid) / "status").read_text(errors="replace")
         rss = {name: int(kib) * 1024 for name, kib in re.findall(r"^(Rss\w+):\s*(\d+) kB$", status, re.MULTILINE)}
-        maps = memory.parse_maps((proc / str(pid) / "maps").read_bytes())
+        with (proc / str(pid) / "maps").open("rb") as file:
+            text = file.read(_MAPS_MOST + 1)
+        maps = memory.parse_maps(text) if len(text) <= _MAPS_MOST else []
     except (OSError, ValueError):
         return None
-    if "RssAnon" not in rss:
+    if "RssAnon" not in rss or not maps:
         return None
     # Pages of a shared file can be in memory without being mapped here.
+    shared = {
+        (mapping.device, mapping.inode): f"{mapping.start:x}-{mapping.end:x}"
+        for mapping in maps
+        if mapping.shared and mapping.inode and mapping.end - mapping.start >= MIB and mapping.path.startswith("/")
+    }
+    if len(shared) > _FILES_MOST:
+        return None
     files: dict[tuple[int, int], int] = {}
-    for mapping in maps:
-        if mapping.shared and mapping.inode and mapping.end - mapping.start >= MIB and mapping.path.startswith("/"):
-            try:
-                stat = os.stat(proc / str(pid) / "map_files" / f"{mapping.start:x}-{mapping.end:x}")
-            except OSError:
-                return None
-            files[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+    for name in shared.values():
+        try:
+            stat = os.stat(proc / str(pid) / "map_files" / name)
+        except OSError:
+            return None
+        files[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
     return rss["RssAnon"] + rss.get("RssFile", 0) + max(rss.get("RssShmem", 0), sum(files.values()))
 
 

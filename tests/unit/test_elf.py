@@ -211,7 +211,6 @@ def test_symbols_of_the_symbol_table(debugged: Path) -> None:
 def test_members_of_a_structure(debugged: Path) -> None:
     said = subprocess.run([debugged], stdout=subprocess.PIPE, text=True, check=False).stdout.split()
     with debugged.open("rb") as file:
-        assert elf.has_dwarf(file)
         near = elf.symbols(file.fileno(), ["near_it"])["near_it"].address
         for address in (near, None):
             found = elf.members(file, "first", address, Deadline(10))

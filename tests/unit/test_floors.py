@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "injector" / "ramlock"
 FLOORS = [
     {"errors", "streams", "text", "teststeps"},
     {"deadline", "sizes"},
-    {"procfs", "elf", "control", "reply", "shim", "tracee"},
+    {"procfs", "confined", "elf", "control", "reply", "shim", "tracee"},
     {"host", "cgroups", "inside", "memory", "priority", "qom", "rights", "x86_64"},
     {"endpoint", "guestram", "loaded", "room"},
     {"qemuargs"},

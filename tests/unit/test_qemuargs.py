@@ -1,11 +1,13 @@
 """QEMU's command line: what it asks for in memory, and what makes that doubtful."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramlock import qemuargs
+from ramlock import procfs, qemuargs
 from ramlock.guestram import Malformed
 from ramlock.qemuargs import MIB, Want, Wanted
 
@@ -170,3 +172,19 @@ def test_garbage_is_read_or_refused(words: list[str]) -> None:
     except Malformed:
         return
     assert all(0 < want.size < 1 << 63 for want in wanted.blocks)
+
+
+def test_a_long_command_line_takes_no_longer_for_each_word() -> None:
+    """The kernel takes megabytes of it, from anybody."""
+
+    def seconds(count: int) -> float:
+        words = ["qemu-system-x86_64"]
+        for i in range(count):
+            words += ["-numa", f"memdev=n{i}", "-device", f"pc-dimm,memdev=d{i}"]
+        words += ["-name", "," * (10 * count)]
+        began = time.process_time()
+        qemuargs.parse(words)
+        procfs.vm_name(tuple(words))
+        return time.process_time() - began
+
+    assert min(seconds(20_000) for _ in range(3)) < 8 * 4 * min(seconds(2_500) for _ in range(3))

@@ -112,6 +112,30 @@ def test_what_is_unknown_refuses_nothing(machine: Host) -> None:
     assert machine.check(8 * GIB) is None
 
 
+def test_mappings_without_end_are_not_read(machine: Host) -> None:
+    """A hostile process decides how many there are, and how long their names."""
+    machine.memory(GIB, 0)
+    assert machine.check(8 * GIB) is not None
+    line = "7f0000000000-7f0080000000 r--p 00000000 00:01 5 /" + "a/" * 2000 + "\n"
+    (machine.proc / str(PID) / "maps").write_text(line * 8200)
+    assert machine.check(8 * GIB) is None
+
+
+def test_shared_files_without_end_are_not_counted(machine: Host) -> None:
+    machine.memory(GIB, 0)
+    folder = machine.proc / str(PID) / "map_files"
+    folder.mkdir()
+    lines = []
+    for i in range(1025):
+        range_ = f"{0x7F0000000000 + (i << 21):x}-{0x7F0000100000 + (i << 21):x}"
+        (folder / range_).touch()
+        lines.append(f"{range_} rw-s 00000000 00:01 {i + 1} /memfd:ram (deleted)\n")
+    (machine.proc / str(PID) / "maps").write_text("".join(lines[:1024]))
+    assert machine.check(8 * GIB) is not None
+    (machine.proc / str(PID) / "maps").write_text("".join(lines))
+    assert machine.check(8 * GIB) is None
+
+
 def test_pages_of_a_memory_file_count_once(machine: Host) -> None:
     machine.memory(16 * GIB, 0)
     line = "7f0000000000-7f0080000000 rw-s 00000000 00:01 5 /memfd:ram (deleted)\n"
