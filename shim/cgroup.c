@@ -234,7 +234,7 @@ static bool has_moved(const struct cgroups *c)
 
 void cgroups_init(struct cgroups *c)
 {
-	*c = (struct cgroups){ .membership = -1 };
+	*c = (struct cgroups){ .root = "", .membership = -1 };
 }
 
 void cgroups_open(struct cgroups *c, const char *root)

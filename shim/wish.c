@@ -108,7 +108,7 @@ int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 {
 	uint64_t limit = headroom_memlock_limit(&l->stepper.headroom);
 	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
-	bool vfio = limit != UINT64_MAX && headroom_has_vfio("");
+	bool vfio = limit != UINT64_MAX && headroom_has_vfio(l->stepper.headroom.cgroups.root);
 	int err;
 
 	upkeep_check(l);
