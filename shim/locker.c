@@ -223,8 +223,6 @@ static enum shortage make_plan(struct locker *l)
 	bool stale = !plan_is_current(l);
 	uint64_t need = locker_target(l) - l->books.held.total;
 	enum order order = l->wish.order;
-	uint64_t counted = books_in_vm_locked(&l->books, &l->layout);
-	int64_t vm_locked;
 	uint64_t runs;
 
 	layout = l->layout;
@@ -234,9 +232,7 @@ static enum shortage make_plan(struct locker *l)
 		l->plan_resident_done = false;
 	pthread_mutex_unlock(&l->mutex);
 
-	vm_locked = headroom_vm_locked(&l->stepper.headroom);
 	l->stepper.owed = locker_count_absent(l, &on_fault, (struct range){ 0, UINT64_MAX });
-	l->stepper.others_lock = vm_locked < 0 || (uint64_t)vm_locked > counted;
 
 	plan_clear(&l->plan);
 	if (order == ORDER_RESIDENT && !l->plan_resident_done) {

@@ -61,6 +61,37 @@ static int sys_munlock(struct range r)
 	return syscall(SYS_munlock, address(r), range_size(r)) ? errno : 0;
 }
 
+/* Whether anything in @r is locked: MS_INVALIDATE fails then, and does nothing else on Linux. It looks at mappings, not at pages. */
+static bool any_locked(struct range r)
+{
+	return syscall(SYS_msync, address(r), range_size(r), MS_ASYNC | MS_INVALIDATE) && errno == EBUSY;
+}
+
+/* The beginning of @r that is either locked already, all of it but at most PACER_CHUNK, or not locked at all. */
+static struct range find_alike(struct range r, bool *locked)
+{
+	uint64_t at = r.start + PAGE, end = r.end;
+
+	*locked = false;
+	if (!any_locked(r))
+		return r;
+	*locked = any_locked((struct range){ r.start, at });
+	if (*locked) {
+		while (at < end && at - r.start < PACER_CHUNK && any_locked((struct range){ at, at + PAGE }))
+			at += PAGE;
+		return (struct range){ r.start, at };
+	}
+	while (end - at > PAGE) { /* nothing before `at` is locked, something before `end` is */
+		uint64_t middle = at + (end - at) / 2 / PAGE * PAGE;
+
+		if (any_locked((struct range){ at, middle }))
+			end = middle;
+		else
+			at = middle;
+	}
+	return (struct range){ r.start, at };
+}
+
 static void explain_rlimit(struct outcome *o, uint64_t limit)
 {
 	o->shortage = SHORTAGE_RLIMIT;
@@ -170,7 +201,7 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 	if (s->kind != STEP_LOCK && s->kind != STEP_POPULATE)
 		return true;
 	if (s->kind == STEP_LOCK && !s->hugetlb && st->headroom.status < 0) {
-		/* Then a lock of ours could not be told from another's, which must never be released. */
+		/* Then it would not be seen when a lock is lost. */
 		o->shortage = SHORTAGE_KERNEL;
 		snprintf(o->text, sizeof(o->text), "QEMU's /proc/self/status cannot be read");
 		return false;
@@ -380,8 +411,7 @@ void step_size(struct stepper *st, struct step *s)
 		cut_end(s, PACER_CHUNK_MAX);
 		size_populate(st, s);
 	} else if (s->kind == STEP_LOCK) {
-		/* What others have locked is told apart by the step, and KSM's pages are copied by it: so small ones. */
-		bool small = (st->others_lock && !s->hugetlb) || (st->merging.at_work && s->mergeable);
+		bool small = st->merging.at_work && s->mergeable; /* the step copies KSM's pages */
 
 		cut_end(s, small ? PACER_CHUNK : s->prefault ? PACER_CHUNK_MAX : PACER_CHUNK_MAX_ABSENT);
 		if (s->resident) {
@@ -481,25 +511,25 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 
 /* ---- Carrying out ---- */
 
-static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
+static void do_lock(struct stepper *st, const struct step *whole, struct outcome *o)
 {
-	uint64_t size = range_size(s->r), end = s->r.end, present = s->present < size ? s->present : size;
-	/* Where something holds locks besides us, VmLck tells whether it holds this range. */
-	bool others = st->others_lock && !s->hugetlb;
-	int64_t before, after;
+	/* What is locked already is another's, so neither a failure nor a later release may unlock it. */
+	bool foreign = false;
+	const struct range r = whole->hugetlb ? whole->r : find_alike(whole->r, &foreign);
+	struct step part = *whole, *s = &part;
+	uint64_t size = range_size(r), end = r.end, present = s->present < size ? s->present : size;
 	struct hold hold;
-	bool ours;
 	int err;
 
+	part.r = r;
 	if (s->fills)
 		o->filled = size - residency_count(st->pagemap, RESIDENCY_PRESENT, s->r, size);
-	before = others ? headroom_vm_locked(&st->headroom) : 0;
 	hold = hold_begin();
 	err = sys_mlock2(s->r, MLOCK_ONFAULT);
 	hold_end(&hold);
 	if (err) {
-		/* A failure can come after a part was locked: take that back, unless it may be another's. */
-		if (!others)
+		/* A failure can come after a part was locked: take that back. */
+		if (!foreign)
 			sys_munlock(s->r);
 		explain_errno(st, err, s, "locking guest RAM", o);
 		return;
@@ -511,16 +541,14 @@ static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 		pace_learn(&st->pace, PACE_LOCK, present, hold.wall, hold.cpu);
 	else
 		pace_learn(&st->pace, PACE_MARK, size, hold.wall, hold.cpu);
-	after = others ? headroom_vm_locked(&st->headroom) : 0;
-	ours = !others || after - before == (int64_t)size;
 	err = s->prefault ? do_populate(st, s, &end, o) : 0;
-	if (end < s->r.end && ours)
+	if (end < s->r.end && !foreign)
 		sys_munlock((struct range){ end, s->r.end });
 	/* Populating has copied what was merged. */
 	if (end > s->r.start && !s->shared) {
 		int merging = -merging_lock(&st->merging, (struct range){ s->r.start, end });
 
-		if (merging && ours)
+		if (merging && !foreign)
 			sys_munlock((struct range){ s->r.start, end });
 		if (merging) {
 			end = s->r.start;
@@ -530,7 +558,7 @@ static void do_lock(struct stepper *st, const struct step *s, struct outcome *o)
 	if (err)
 		explain_errno(st, err, s, s->hugetlb ? "allocating huge pages" : "populating guest RAM", o);
 	o->done = (struct range){ s->r.start, end };
-	o->foreign = !ours;
+	o->foreign = foreign;
 }
 
 static void do_unlock(struct stepper *st, const struct step *s, struct outcome *o)

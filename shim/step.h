@@ -54,7 +54,7 @@ enum { PIECES_PER_THREAD = 8, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) 
 struct outcome {
 	enum shortage shortage; /* SHORTAGE_NONE: done as far as `done` says */
 	struct range done; /* what of the step's range is done; the rest is as it was */
-	bool foreign; /* the range was locked already, by somebody else */
+	bool foreign; /* `done` was locked already, by somebody else */
 	uint64_t filled; /* bytes that were absent, where the step fills */
 	uint64_t holds[HOLDS_MAX]; /* how long each system call took, in ns */
 	size_t n_holds;
@@ -73,7 +73,6 @@ struct stepper {
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
 	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */
-	bool others_lock; /* something in the process holds locks besides us */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
 };
 

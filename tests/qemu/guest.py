@@ -265,7 +265,8 @@ class Guest:
     def blocks(self) -> dict[str, int]:
         """Names and sizes of QEMU's RAM blocks, ROMs and video RAM included."""
         lines = self.monitor.human("info ramblock").splitlines()[1:]
-        return {words[0]: int(words[-2], 16) for words in (line.split() for line in lines) if len(words) >= 5}
+        # Name, page size and its unit, offset, used length; what follows differs between releases.
+        return {words[0]: int(words[4], 16) for words in (line.split() for line in lines) if len(words) >= 6}
 
     def check_unharmed(self) -> None:
         """Fails unless the VM is the same process as ever and answers."""

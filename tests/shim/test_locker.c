@@ -29,7 +29,7 @@ static struct range map_block(void)
 {
 	char *p = mmap(NULL, BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-	if (p == MAP_FAILED)
+	if (p == MAP_FAILED || madvise(p, BLOCK, MADV_NOHUGEPAGE)) /* else bytes that are there depend on the host's settings */
 		abort();
 	return (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + BLOCK };
 }
@@ -304,6 +304,62 @@ static void locks_of_others_are_left_alone(void)
 	end();
 }
 
+/* Whether [from, to) of @p is what is locked of [p, p + @size), by the kernel's word on each page. */
+static bool only_locked(char *p, size_t size, size_t from, size_t to)
+{
+	for (size_t at = 0; at < size; at += 4096) {
+		bool is = msync(p + at, 4096, MS_ASYNC | MS_INVALIDATE) && errno == EBUSY;
+
+		if (is != (at >= from && at < to))
+			return false;
+	}
+	return true;
+}
+
+/* Others may have locked a few pages amid what is locked at once: just those are theirs. */
+static void locks_of_others_are_told_to_the_page(void)
+{
+	enum { FROM = 5 * MIB + 4096, TO = 5 * MIB + 4 * 4096 };
+	char *p;
+
+	begin();
+	p = (char *)(uintptr_t)layout.v[0].host.start;
+	CHECK_EQ(syscall(SYS_mlock, p + FROM, TO - FROM), 0);
+	for (int prefault = 0; prefault < 2; prefault++) {
+		set(BLOCK, ORDER_ADDRESS, prefault);
+		wait_idle();
+		CHECK_EQ(vm_locked(), BLOCK);
+		CHECK_EQ(locker.books.foreign.total, TO - FROM);
+		CHECK_EQ(locker.books.held.total, BLOCK);
+		set(0, ORDER_ADDRESS, true);
+		wait_idle();
+		CHECK_EQ(vm_locked(), TO - FROM);
+		CHECK_EQ(only_locked(p, BLOCK, FROM, TO), true);
+	}
+	CHECK_EQ(syscall(SYS_munlock, p + FROM, TO - FROM), 0);
+	end();
+}
+
+/* A lock that fails amid a range takes back what it has locked of it, and nothing else. */
+static void a_failed_lock_is_taken_back_beside_others(void)
+{
+	char *p;
+
+	begin();
+	p = (char *)(uintptr_t)layout.v[0].host.start;
+	CHECK_EQ(syscall(SYS_mlock, p, MIB), 0);
+	CHECK_EQ(munmap(p + 9 * MIB, 4096), 0);
+	set(BLOCK, ORDER_ADDRESS, true);
+	wait_short();
+	CHECK_EQ(status.shortage, SHORTAGE_MAP_COUNT);
+	set(0, ORDER_ADDRESS, true);
+	wait_idle();
+	CHECK_EQ(vm_locked(), MIB);
+	CHECK_EQ(only_locked(p, 9 * MIB, 0, MIB), true);
+	CHECK_EQ(syscall(SYS_munlock, p, MIB), 0);
+	end();
+}
+
 static void an_unplugged_block_moves_the_guarantee(void)
 {
 	struct range gone;
@@ -400,5 +456,6 @@ static void too_much_is_refused_and_the_former_wish_stays(void)
 CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on_fault_locks_what_is_touched),
 	   CASE(the_last_of_many_wishes_counts), CASE(a_scattered_guest_stays_in_few_extents),
 	   CASE(several_threads_populate), CASE(nothing_wakes_for_no_guarantee),
-	   CASE(locks_of_others_are_left_alone), CASE(an_unplugged_block_moves_the_guarantee),
+	   CASE(locks_of_others_are_left_alone), CASE(locks_of_others_are_told_to_the_page),
+	   CASE(a_failed_lock_is_taken_back_beside_others), CASE(an_unplugged_block_moves_the_guarantee),
 	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(all_follows_the_layout), CASE(too_much_is_refused_and_the_former_wish_stays))
