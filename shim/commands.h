@@ -17,7 +17,7 @@ struct commands {
 	void *opaque;
 	bool symbols; /* this QEMU exports what is needed to find guest RAM */
 	bool injected; /* rather than preloaded */
-	const uint64_t *started_ns; /* CLOCK_MONOTONIC at the end of the injection */
+	const _Atomic uint64_t *started_ns; /* CLOCK_MONOTONIC at the end of the injection */
 	int (*halt)(void *opaque); /* ends the lock thread; -EBUSY when it cannot for now */
 	uint64_t base; /* where this object is loaded */
 	bool eject; /* the shim is to leave when all is released */

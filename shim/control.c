@@ -9,6 +9,7 @@
  */
 #include "control.h"
 
+#include "clock.h"
 #include "fd.h"
 
 #include <dirent.h>
@@ -24,18 +25,9 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { BACKLOG = 16, PAUSE_MS = 500 };
-
-static uint64_t now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
 
 /* ---- The socket's file ---- */
 

@@ -23,7 +23,7 @@ struct client {
 	int fd; /* -1: free */
 	bool ended; /* the peer sends no more; close when its replies are out */
 	bool writing; /* registered for EPOLLOUT */
-	uint64_t heard_ms; /* CLOCK_MONOTONIC of its last byte */
+	int64_t heard_ms; /* now_ms() of its last byte */
 	struct qmp qmp;
 };
 
@@ -34,7 +34,7 @@ struct control {
 	int wake; /* eventfd: another thread has news */
 	int listener;
 	bool listening, paused;
-	uint64_t resume_ms; /* when a paused listener is tried again */
+	int64_t resume_ms; /* when a paused listener is tried again */
 	struct sockaddr_un address; /* of `listener`; empty path: not bound */
 	struct stat file; /* what bind() made at `address` */
 	pid_t owner; /* the process that bound it, and may remove it */

@@ -22,7 +22,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <time.h>
 
 static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
 static const uint64_t STOP_WAIT_NS = NS_PER_S; /* the longest that the control thread waits for a step */
@@ -39,23 +38,8 @@ const char *locker_state_name(enum locker_state s)
 	return state_names[s];
 }
 
-static struct timespec timespec_of(uint64_t ns)
-{
-	return (struct timespec){ .tv_sec = (time_t)(ns / NS_PER_S), .tv_nsec = (long)(ns % NS_PER_S) };
-}
-
-/* Waits on @cond until @deadline_ns of CLOCK_MONOTONIC. Returns ETIMEDOUT or 0. */
-int locker_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline_ns)
-{
-	struct timespec t = timespec_of(deadline_ns);
-
-	return pthread_cond_timedwait(cond, mutex, &t);
-}
-
 void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 {
-	pthread_condattr_t attr;
-
 	memset(l, 0, sizeof(*l));
 	l->notify = notify;
 	l->opaque = opaque;
@@ -63,11 +47,8 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	stepper_init(&l->stepper);
 	upkeep_init(&l->upkeep);
 	pthread_mutex_init(&l->mutex, NULL);
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	pthread_cond_init(&l->wake, &attr);
-	pthread_cond_init(&l->step_done, &attr);
-	pthread_condattr_destroy(&attr);
+	clock_cond_init(&l->wake);
+	clock_cond_init(&l->step_done);
 }
 
 void locker_raise_event(struct locker *l, enum locker_event event)
@@ -410,7 +391,7 @@ static void wait_idle(struct locker *l)
 	if (deadline == UINT64_MAX)
 		pthread_cond_wait(&l->wake, &l->mutex);
 	else
-		locker_wait_until(&l->wake, &l->mutex, deadline);
+		clock_wait(&l->wake, &l->mutex, deadline);
 }
 
 /*
@@ -426,7 +407,7 @@ static void wait_short(struct locker *l)
 		deadline = upkeep_deadline(l);
 	while (!l->stop && !l->look_again && generation == l->generation && layout_generation == l->layout_generation &&
 	       !upkeep_is_due(l))
-		if (locker_wait_until(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
+		if (clock_wait(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
 			break;
 	l->look_again = false;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
@@ -502,7 +483,7 @@ int locker_stop(struct locker *l)
 	atomic_store(&l->stepper.cancel, true);
 	pthread_cond_signal(&l->wake);
 	while (!l->ended && !err)
-		err = locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
+		err = clock_wait(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
 	if (l->ended)
 		err = 0;
 	else

@@ -3,19 +3,11 @@
 #ifndef RAMLOCK_LOCKER_INSIDE_H
 #define RAMLOCK_LOCKER_INSIDE_H
 
+#include "clock.h"
 #include "locker.h"
-
-enum {
-	NS_PER_US = 1000,
-	NS_PER_MS = 1000 * 1000,
-	NS_PER_S = 1000 * 1000 * 1000,
-};
 
 /* The pause before a short guarantee is tried again, at first. */
 enum { RETRY_MIN_NS = NS_PER_S };
-
-/* Waits on @cond until @deadline_ns of CLOCK_MONOTONIC. Returns ETIMEDOUT or 0. */
-int locker_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, uint64_t deadline_ns);
 
 /* The bytes that should be held now; with the mutex. */
 uint64_t locker_target(const struct locker *l);

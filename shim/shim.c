@@ -5,13 +5,9 @@
  * Theory of operation: the dynamic loader runs enter() before QEMU's main(). In anything that is not a QEMU system
  * emulator nothing happens. Otherwise the control thread is started, which binds the control socket while the process
  * has the rights that it was started with (-runas and -chroot come later), starts the lock thread, and waits for
- * QEMU's main loop to exist; touching QEMU before that kills the VM. Then it schedules a bottom half, which looks whether
- * the machine is complete and lists guest RAM. If it is not, the control thread schedules another one after a while:
- * a bottom half never schedules itself.
- * A QEMU that does not export its symbols is never touched: there the controller tells what guest RAM is, which pushed.c
- * holds against the process's own mappings, on the control thread and, before it plans, on the lock thread.
+ * QEMU's main loop to exist; touching QEMU before that kills the VM. Then it finds guest RAM, see look.c.
  *
- * On QEMU's own threads runs only what is in this file below "On QEMU's main thread", and enter().
+ * On QEMU's own threads runs only what is below "Entry" here, and "On QEMU's main thread" in look.c.
  *
  * -daemonize forks twice after enter(), and threads do not survive a fork. after_fork_in_child() starts them again,
  * but only where QEMU was not initialised at the fork: later forks are helpers that will exec.
@@ -19,15 +15,10 @@
  * The threads block all signals, because QEMU relies on signals that are directed at its own threads, and never fork
  * or exec, for which QEMU's sandbox would kill the process.
  */
-#include "commands.h"
-#include "config.h"
-#include "control.h"
-#include "headroom.h"
-#include "locker.h"
-#include "pushed.h"
-#include "qemu.h"
+#include "shim.h"
 
-#include <assert.h>
+#include "clock.h"
+
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -43,57 +34,16 @@
 #include <unistd.h>
 
 enum {
-	/* Until the main loop exists, which takes QEMU 10 to 100 ms. */
-	POLL_FAST_MS = 2,
-	POLL_FAST_TIMES = 1000,
-	POLL_SLOW_MS = 50,
-	/* Until the machine is complete; with -preconfig that is for the operator to say. */
-	LOOK_AGAIN_MIN_MS = 20,
-	LOOK_AGAIN_MAX_MS = 1000,
-	LOOK_NOW_MS = 100, /* the longest that a command waits for QEMU's main loop */
 	DRAIN_MS = 5000, /* the longest that a leaving shim waits for a client to read its replies */
-	SLOW_LOOK_MS = 5000, /* between looks for what nobody tells of */
-	BUSY_MS = 500, /* for so long, commands do not wait again for a main loop that was busy */
 	STACK_BYTES = 256 << 10, /* with -overcommit mem-lock=on all of it gets locked */
 };
 
-static struct shim {
-	struct config config;
-	struct qemu qemu;
-	struct locker locker;
-	struct pushed pushed; /* guest RAM, where QEMU cannot be asked */
-	struct commands commands;
-	struct qmp_server server;
-	struct control control;
-	pthread_mutex_t binding; /* so that a process that exits at once leaves no socket behind */
-	bool leaving; /* the process exits: bind nothing more */
-	atomic_bool active; /* this process is a QEMU that we serve */
-	bool watching; /* QEMU tells us about changes of RAM; main thread only */
-	atomic_bool dirty; /* guest RAM should be looked at again */
-	atomic_bool scheduled; /* a bottom half that looks is on its way */
-	atomic_bool known; /* guest RAM was listed */
-	atomic_bool may_change; /* ... and may become less, or more, without a word */
-	pthread_mutex_t looking; /* with `looked`: for waiting until a look has ended */
-	pthread_cond_t looked;
-	unsigned int forks; /* since enter() */
-	bool begun; /* QEMU's main loop was seen; this and what follows: control thread only */
-	unsigned int polls;
-	unsigned int pause_ms; /* before guest RAM is looked at again */
-	int64_t looked_ms; /* when a command last waited for a look */
-	int64_t look_at_ms; /* when that will be; 0: not decided */
-	pthread_t lock_thread;
-	bool halted; /* lock_thread was joined */
-	bool has_stderr; /* descriptor 2 is standard error: known only when preloaded */
-	bool injected;
-	bool daemonizes; /* -daemonize is on the command line; only when preloaded */
-	uint64_t started_ns; /* CLOCK_MONOTONIC at the end of ramlock_start() */
-} shim;
+static struct shim shim;
 
 /*
- * Says something on standard error; if that is what descriptor 2 is: where QEMU was started without one, it is something of
- * QEMU's own by now, perhaps a disk. A reader that has gone must not end QEMU, which ignores SIGPIPE only later.
+ * Where QEMU was started without standard error, descriptor 2 is something of its own by now, perhaps a disk. A reader that has gone must not end QEMU, which ignores SIGPIPE only later.
  */
-__attribute__((format(printf, 1, 2))) static void warn(const char *fmt, ...)
+void shim_warn(const char *fmt, ...)
 {
 	const struct timespec at_once = { 0 };
 	sigset_t pipe, before;
@@ -113,258 +63,12 @@ __attribute__((format(printf, 1, 2))) static void warn(const char *fmt, ...)
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-/* ---- On QEMU's main thread ---- */
-
-/* From QEMU's main thread: eject() may be closing the descriptor, whose number another thread may get. */
-static void poke(struct shim *s)
-{
-	pthread_mutex_lock(&s->looking);
-	if (s->control.wake >= 0)
-		control_poke(&s->control);
-	pthread_mutex_unlock(&s->looking);
-}
-
-static void ram_changed(void *opaque)
-{
-	struct shim *s = opaque;
-
-	if (!atomic_load(&s->active))
-		return; /* ejected: QEMU still calls, since a notifier may outlive us */
-	atomic_store(&s->dirty, true);
-	poke(s);
-}
-
-static bool ram_removed(void *opaque, struct range gone)
-{
-	struct shim *s = opaque;
-
-	return atomic_load(&s->active) && locker_remove(&s->locker, gone);
-}
-
-/*
- * Sets the guarantee that QEMU was started with, just before guest RAM becomes known: nobody may see one without the other.
- */
-static void launch_guarantee(struct shim *s, uint64_t ram)
-{
-	const struct guarantee *g = &s->config.guarantee;
-	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault,
-			     .hold_budget_us = s->config.hold_budget_us, .threads = s->config.threads,
-			     .host_reserve = s->config.host_reserve };
-
-	if (s->config.guarantee_error[0])
-		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error), "%s", s->config.guarantee_error);
-	wish.all = g->kind == GUARANTEE_ALL;
-	wish.lock_ram_size = guarantee_resolve(g, ram);
-	if (!wish.all && wish.lock_ram_size > ram) {
-		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error),
-			 "the guarantee of %llu MiB at launch is above guest RAM, which is %llu MiB; none is set",
-			 (unsigned long long)(wish.lock_ram_size >> 20), (unsigned long long)(ram >> 20));
-		warn("%s", s->commands.launch_error);
-		wish.lock_ram_size = 0;
-	}
-	locker_set_launch(&s->locker, &wish);
-}
-
-static const char POSTCOPY[] = "this VM is the target of a postcopy migration";
-static const char MAYBE_POSTCOPY[] =
-	"this QEMU was started as the target of a migration, and cannot be asked whether that is over";
-
-/* The bottom half: lists guest RAM, if the machine is complete. */
-static void look(void *opaque)
-{
-	static struct ram_layout layout;
-	struct shim *s = opaque;
-	struct qemu_outlook outlook;
-	bool postcopy;
-	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
-
-	if (!atomic_load(&s->active))
-		return;
-	if (!qemu_machine_ready()) {
-		atomic_store(&s->dirty, true);
-	} else {
-		if (!s->watching)
-			s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
-		atomic_store(&s->dirty, false);
-		if (qemu_walk(&layout, &outlook))
-			warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
-		postcopy = qemu_is_postcopy_target();
-		locker_suspend(&s->locker, postcopy ? POSTCOPY : NULL);
-		if (!atomic_load(&s->known))
-			launch_guarantee(s, layout.total);
-		locker_set_layout(&s->locker, &layout);
-		atomic_store(&s->known, true);
-		/* QEMU tells neither of the end of a migration nor of a DIMM that is plugged or unplugged: look again, by and by. */
-		if (postcopy || (outlook.may_grow && locker_wants_more(&s->locker)))
-			atomic_store(&s->dirty, true);
-		for (size_t i = 0; i < outlook.n_wanted; i++)
-			if (locker_holds(&s->locker, outlook.wanted[i].host))
-				atomic_store(&s->dirty, true);
-			else
-				qemu_let_go(outlook.wanted[i].device);
-		atomic_store(&s->may_change, outlook.may_change);
-	}
-	pthread_mutex_lock(&s->looking);
-	atomic_store(&s->scheduled, false);
-	pthread_cond_broadcast(&s->looked);
-	pthread_mutex_unlock(&s->looking);
-	poke(s);
-}
-
 /* ---- The control thread ---- */
 
 /* The lock thread has news. Called with the locker's mutex held. */
 static void locker_news(void *opaque)
 {
 	control_poke(&((struct shim *)opaque)->control);
-}
-
-static int64_t now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
-static void schedule_look(struct shim *s)
-{
-	if (!atomic_exchange(&s->scheduled, true))
-		qemu_schedule(look, s);
-}
-
-/* ---- Guest RAM of a QEMU that does not export its symbols; the control thread, and the lock thread before it plans ---- */
-
-/* Forgets what is not what the controller took for guest RAM any more. */
-static void look_at_pushed(struct shim *s)
-{
-	if (s->qemu.symbols || !atomic_load(&s->known))
-		return;
-	pthread_mutex_lock(&s->pushed.mutex);
-	if (pushed_look(&s->pushed))
-		locker_set_layout(&s->locker, &s->pushed.layout);
-	pthread_mutex_unlock(&s->pushed.mutex);
-}
-
-/* The lock thread is about to plan. */
-static void before_plan(void *opaque)
-{
-	look_at_pushed(opaque);
-}
-
-/* Takes guest RAM from the controller. Returns 0, or -EINVAL with the reason in @text. */
-static int push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT])
-{
-	static_assert((int)SHORT_TEXT >= (int)PUSHED_TEXT, "room for the reason");
-	struct shim *s = opaque;
-	int err;
-
-	pthread_mutex_lock(&s->pushed.mutex);
-	err = pushed_accept(&s->pushed, l, text);
-	if (!err) {
-		/* A locked page cannot be discarded, which a migration to here may have to do: better none than lost ones. */
-		locker_suspend(&s->locker, qemu_is_incoming() ? MAYBE_POSTCOPY : NULL);
-		if (!atomic_load(&s->known))
-			launch_guarantee(s, s->pushed.layout.total);
-		locker_set_layout(&s->locker, &s->pushed.layout);
-		atomic_store(&s->may_change, s->pushed.layout.n > 1); /* one block is machine RAM, which stays */
-		atomic_store(&s->known, true);
-	}
-	pthread_mutex_unlock(&s->pushed.mutex);
-	return err;
-}
-
-/* Has QEMU asked, by way of its main loop. Returns false when that is busy for too long. Any thread of ours. */
-static bool look_and_wait(void *opaque)
-{
-	struct shim *s = opaque;
-	struct timespec deadline;
-	bool done;
-
-	if (!s->qemu.symbols) {
-		look_at_pushed(s);
-		return true;
-	}
-	clock_gettime(CLOCK_MONOTONIC, &deadline);
-	deadline.tv_nsec += LOOK_NOW_MS * 1000000;
-	if (deadline.tv_nsec >= 1000000000) {
-		deadline.tv_sec++;
-		deadline.tv_nsec -= 1000000000;
-	}
-	schedule_look(s);
-	pthread_mutex_lock(&s->looking);
-	while (atomic_load(&s->scheduled))
-		if (pthread_cond_timedwait(&s->looked, &s->looking, &deadline))
-			break;
-	done = !atomic_load(&s->scheduled);
-	pthread_mutex_unlock(&s->looking);
-	return done;
-}
-
-/*
- * Looks at guest RAM before a command that depends on it: QEMU tells of RAM blocks that come and go, but not of a memory
- * backend that is plugged or unplugged as a DIMM. A main loop that is busy is not waited for: what was known must do.
- */
-static void look_now(void *opaque, bool certain)
-{
-	struct shim *s = opaque;
-	bool done;
-
-	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + (certain ? 0 : LOOK_AGAIN_MIN_MS))
-		return; /* a flood of queries is no flood of bottom halves, nor of waits */
-	done = look_and_wait(s);
-	s->looked_ms = now_ms() + (done ? 0 : BUSY_MS);
-}
-
-/* Looks at guest RAM now and then while something is locked that may go without a word. Returns as find_ram(). */
-static int look_now_and_then(struct shim *s, void (*look_again)(struct shim *s))
-{
-	int64_t now = now_ms();
-
-	if (!atomic_load(&s->may_change) || !locker_has_guarantee(&s->locker)) {
-		s->look_at_ms = 0;
-		return -1;
-	}
-	if (!s->look_at_ms)
-		s->look_at_ms = now + SLOW_LOOK_MS;
-	if (now >= s->look_at_ms) {
-		s->look_at_ms = now + SLOW_LOOK_MS;
-		look_again(s);
-	}
-	return (int)(s->look_at_ms - now);
-}
-
-/* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. */
-static int find_ram(struct shim *s)
-{
-	int64_t now = now_ms();
-
-	if (!s->qemu.symbols) {
-		if (!s->daemonizes || s->forks >= 2)
-			control_listen(&s->control);
-		return look_now_and_then(s, look_at_pushed);
-	}
-	if (!s->begun) {
-		if (!qemu_has_main_loop())
-			return s->polls++ < POLL_FAST_TIMES ? POLL_FAST_MS : POLL_SLOW_MS;
-		s->begun = true;
-		control_listen(&s->control);
-		schedule_look(s);
-		return -1;
-	}
-	if (!atomic_load(&s->dirty)) {
-		s->pause_ms = LOOK_AGAIN_MIN_MS;
-		return look_now_and_then(s, schedule_look);
-	}
-	/* The pause lets QEMU go on, and gathers the changes that come together. */
-	if (!s->look_at_ms || s->look_at_ms > now + s->pause_ms)
-		s->look_at_ms = now + s->pause_ms;
-	if (now < s->look_at_ms)
-		return (int)(s->look_at_ms - now);
-	s->look_at_ms = 0;
-	s->pause_ms = s->pause_ms * 2 < LOOK_AGAIN_MAX_MS ? s->pause_ms * 2 : LOOK_AGAIN_MAX_MS;
-	schedule_look(s);
-	return -1;
 }
 
 /* Starts a thread that blocks all signals. It is to be joined when @thread is given. Returns 0 or -errno. */
@@ -437,21 +141,21 @@ static void *control_run(void *arg)
 	pushed_open(&s->pushed);
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
-		err = control_bind(&s->control, warn); /* without a socket a launch guarantee still holds */
+		err = control_bind(&s->control, shim_warn); /* without a socket a launch guarantee still holds */
 	pthread_mutex_unlock(&s->binding);
 	s->halted = true;
 	if (!err || !s->injected) {
 		err = start_thread(locker_run, &s->locker, &s->lock_thread);
 		s->halted = err;
 		if (err)
-			warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
+			shim_warn("cannot start the lock thread: %s; this VM has no guarantee", strerror(-err));
 	}
 	if (err) {
 		eject(s); /* what cannot be reached, or cannot work, is not to stay: so that it can be injected again */
 		return NULL;
 	}
 	do {
-		int pause = find_ram(s);
+		int pause = look_when_due(s);
 
 		if (s->commands.eject && (pause < 0 || pause > LOOK_AGAIN_MAX_MS))
 			pause = LOOK_AGAIN_MAX_MS;
@@ -469,33 +173,21 @@ static void *control_run(void *arg)
 
 static int start(struct shim *s)
 {
-	pthread_condattr_t attr;
 	Dl_info self;
 	int err;
 
 	pthread_mutex_init(&s->binding, NULL);
-	pthread_mutex_init(&s->looking, NULL);
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	pthread_cond_init(&s->looked, &attr);
-	pthread_condattr_destroy(&attr);
-	s->begun = s->halted = false;
-	s->polls = 0;
-	s->look_at_ms = 0;
-	s->pause_ms = LOOK_AGAIN_MIN_MS;
-	atomic_store(&s->dirty, false);
-	atomic_store(&s->scheduled, false);
-	atomic_store(&s->known, false);
-	atomic_store(&s->may_change, false);
+	look_init(s);
+	s->halted = false;
 	locker_init(&s->locker, locker_news, s);
-	s->locker.look = before_plan;
+	s->locker.look = look_before_plan;
 	s->locker.refresh = look_and_wait;
 	pushed_init(&s->pushed);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;
 	s->commands.look_now = look_now;
-	s->commands.push = push;
+	s->commands.push = look_push;
 	s->commands.halt = halt;
 	s->commands.opaque = s;
 	s->commands.injected = s->injected;
@@ -509,7 +201,7 @@ static int start(struct shim *s)
 	if (err) {
 		control_deinit(&s->control);
 		atomic_store(&s->active, false);
-		warn("cannot start: %s; this VM has no guarantee", strerror(-err));
+		shim_warn("cannot start: %s; this VM has no guarantee", strerror(-err));
 	}
 	return err;
 }
@@ -594,9 +286,9 @@ __attribute__((constructor)) static void enter(void)
 	s->has_stderr = fcntl(STDERR_FILENO, F_GETFD) >= 0;
 	leave_preload();
 	s->daemonizes = qemu_daemonizes();
-	config_from_environment(&s->config, warn);
+	config_from_environment(&s->config, shim_warn);
 	if (pthread_atfork(NULL, NULL, after_fork_in_child)) {
-		warn("cannot follow forks: this VM has no guarantee");
+		shim_warn("cannot follow forks: this VM has no guarantee");
 		return;
 	}
 	start(s);
@@ -619,7 +311,7 @@ __attribute__((visibility("default"))) int ramlock_start(const char *config)
 		return -EALREADY;
 	if (!has_libraries())
 		return -ENOSYS;
-	config_from_text(&s->config, config, warn);
+	config_from_text(&s->config, config, shim_warn);
 	if (!follows_forks && pthread_atfork(NULL, NULL, after_fork_in_child))
 		return -ENOMEM;
 	follows_forks = true;

@@ -12,6 +12,7 @@
  */
 #include "step.h"
 
+#include "clock.h"
 #include "fd.h"
 #include "residency.h"
 
@@ -23,7 +24,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
@@ -32,15 +32,7 @@
 #endif
 
 enum { PAGE = 4096 };
-static const uint64_t CREDIT_NS = 50 * 1000 * 1000;
-
-uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
+static const uint64_t CREDIT_NS = 50 * NS_PER_MS;
 
 static void *address(struct range r)
 {
@@ -250,14 +242,6 @@ static void explain_errno(struct stepper *st, int err, const struct step *s, con
 	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
 }
 
-static uint64_t cpu_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
-
 /* How long a system call took. */
 struct hold {
 	uint64_t wall, cpu; /* ns */
@@ -265,12 +249,12 @@ struct hold {
 
 static struct hold hold_begin(void)
 {
-	return (struct hold){ now_ns(), cpu_ns() };
+	return (struct hold){ now_ns(), clock_ns(CLOCK_THREAD_CPUTIME_ID) };
 }
 
 static void hold_end(struct hold *h)
 {
-	h->cpu = cpu_ns() - h->cpu;
+	h->cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID) - h->cpu;
 	h->wall = now_ns() - h->wall;
 }
 

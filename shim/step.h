@@ -76,8 +76,6 @@ struct stepper {
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
 };
 
-uint64_t now_ns(void);
-
 void stepper_init(struct stepper *st);
 
 /* Opens what can be opened, in the process that is to lock; @root as for headroom_open(). */

@@ -477,7 +477,7 @@ void upkeep_check(struct locker *l)
 		looks = l->upkeep.looks;
 		pthread_cond_signal(&l->wake);
 		while (!l->stop && looks == l->upkeep.looks)
-			if (locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
+			if (clock_wait(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
 				break;
 	}
 	pthread_mutex_unlock(&l->mutex);

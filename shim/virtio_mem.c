@@ -8,7 +8,7 @@
  */
 #include "virtio_mem.h"
 
-#include "step.h"
+#include "clock.h"
 
 #include <dlfcn.h>
 #include <errno.h>

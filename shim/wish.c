@@ -184,7 +184,7 @@ bool locker_remove(struct locker *l, struct range gone)
 	extents_remove(&l->books.gone, gone);
 	l->in_flight_gone |= overlap(l->in_flight, gone);
 	while (overlap(l->in_flight, gone)) /* also where it was unplugged before, and is being let go */
-		if (locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
+		if (clock_wait(&l->step_done, &l->mutex, deadline) == ETIMEDOUT)
 			break;
 	pthread_mutex_unlock(&l->mutex);
 	return ours;
@@ -280,7 +280,7 @@ int locker_adopt(struct locker *l, const struct books *books, const struct wish 
 	l->layout_generation++; /* the step in flight is the last of its plan */
 	atomic_store(&l->stepper.cancel, true);
 	while (range_size(l->in_flight) && !err)
-		err = locker_wait_until(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
+		err = clock_wait(&l->step_done, &l->mutex, deadline) == ETIMEDOUT ? -EBUSY : 0;
 	if (!err && (!l->known || !is_guest_ram(&books->held, &l->layout, NULL) ||
 		     !is_guest_ram(&books->foreign, &l->layout, &books->held) ||
 		     !is_guest_ram(&books->on_fault, &l->layout, &books->held) ||
