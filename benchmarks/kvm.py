@@ -20,7 +20,7 @@ def unusable(accel: str = "kvm") -> str | None:
         with Guest(how="plain", boot=True, memory=256 * MIB, accel=accel, timeout=PROBE_S) as guest:
             guest.agent.ask("hello", PROBE_S)
     except (GuestError, OSError) as error:
-        return f"no guest comes up within {PROBE_S} s ({str(error).splitlines()[0][-120:]})"
+        return f"no guest comes up within {PROBE_S} s ({str(error).splitlines()[-1][-120:]})"
     return None
 
 
