@@ -29,7 +29,7 @@ from tests.qemu.pressure import Confined, Zram, can_confine, can_swap
 NODE = 256 * MIB  # each of the two
 PATROL = 256 * MIB
 LIMITS = (256 * MIB, 304 * MIB)  # for what of guest RAM is in memory, and QEMU's own some 100 MiB
-CHANGES = int(os.environ.get("RAMLOCK_STRESS_CHANGES", "120"))
+CHANGES = int(os.environ.get("RAMLOCK_STRESS_CHANGES", "80"))
 
 
 class Onlooker:
