@@ -73,7 +73,6 @@ static int add_backend(Object *child, void *opaque)
 {
 	struct backends *b = opaque;
 	struct backend *e = &b->v[b->n];
-	void *manager;
 
 	if (b->n == RAM_BLOCKS_MAX || !sym.object_dynamic_cast(child, "memory-backend"))
 		return 0;
@@ -87,17 +86,28 @@ static int add_backend(Object *child, void *opaque)
 		return 0;
 	e->host = sym.memory_region_get_ram_ptr(e->mr);
 	e->mergeable = asks_for_merging(child);
-	manager = sym.memory_region_get_ram_discard_manager ? sym.memory_region_get_ram_discard_manager(e->mr) : NULL;
+	e->manager = sym.memory_region_get_ram_discard_manager ? sym.memory_region_get_ram_discard_manager(e->mr) : NULL;
 	if (sym.memory_region_has_guest_memfd && sym.memory_region_has_guest_memfd(e->mr)) {
 		e->use = BACKEND_PRIVATE;
-	} else if (manager && virtio_mem_is(manager)) {
+	} else if (e->manager && virtio_mem_is(e->manager)) {
 		e->use = BACKEND_VIRTIO_MEM;
-		e->device = manager;
-	} else if (manager || sym.object_dynamic_cast(child, "memory-backend-epc")) {
+		e->device = e->manager;
+	} else if (e->manager || sym.object_dynamic_cast(child, "memory-backend-epc")) {
 		e->use = BACKEND_OTHER;
 	}
 	b->n++;
 	return 0;
+}
+
+/* @device uses the backend, and is no DIMM. */
+static void judge_use(struct backend *e, Object *device)
+{
+	if (e->use == BACKEND_MAIN)
+		e->use = BACKEND_OTHER;
+	if (e->use == BACKEND_OTHER && e->manager && virtio_mem_is(device)) {
+		e->use = BACKEND_VIRTIO_MEM;
+		e->device = device;
+	}
 }
 
 static int judge_device(Object *device, void *opaque)
@@ -112,9 +122,10 @@ static int judge_device(Object *device, void *opaque)
 	for (size_t i = 0; i < sizeof(links) / sizeof(links[0]); i++) {
 		Object *backend = sym.object_property_get_link(device, links[i], NULL);
 
-		for (size_t k = 0; backend && k < b->n; k++)
-			if (b->v[k].object == backend && b->v[k].use == BACKEND_MAIN)
-				b->v[k].use = BACKEND_OTHER;
+		for (size_t k = 0; backend && k < b->n; k++) {
+			if (b->v[k].object == backend)
+				judge_use(&b->v[k], device);
+		}
 	}
 	return 0;
 }

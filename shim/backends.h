@@ -22,6 +22,7 @@ struct backend {
 	enum backend_use use;
 	bool mergeable; /* QEMU has asked for its pages to be merged by KSM */
 	void *device; /* for virtio-mem */
+	void *manager; /* its memory's RamDiscardManager, which knows what is plugged: the device itself before 11.1 */
 };
 
 struct backends {

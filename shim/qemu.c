@@ -258,7 +258,7 @@ static int append_plugged(struct walk *w, RAMBlock *rb, const struct backend *e)
 
 	for (size_t i = 0; i < w->backends.n; i++)
 		others[i] = w->backends.v[i].mr;
-	if (virtio_mem_list(e->device, e->mr, others, w->backends.n, &parts, &may_lock))
+	if (virtio_mem_list(e, others, w->backends.n, &parts, &may_lock))
 		return 0;
 	w->layout->left_out += may_lock ? parts.left_out : parts.total;
 	if (!may_lock && o->n_wanted < sizeof(o->wanted) / sizeof(o->wanted[0])) {

@@ -66,9 +66,9 @@ void virtio_mem_init(void)
 	LOOK_UP(virtio_notify_config);
 }
 
-bool virtio_mem_is(void *manager)
+bool virtio_mem_is(void *object)
 {
-	return sym.object_dynamic_cast && sym.object_dynamic_cast(manager, "virtio-mem");
+	return sym.object_dynamic_cast && sym.object_dynamic_cast(object, "virtio-mem");
 }
 
 /* Whether a section that QEMU makes has what it must have, where we look for it. */
@@ -128,18 +128,19 @@ static struct plugged_history *history_of(const void *device)
 	return &devices[oldest].history;
 }
 
-int virtio_mem_list(void *device, void *mr, void *const others[], size_t n_others, struct plugged *p, bool *may_lock)
+int virtio_mem_list(const struct backend *e, void *const others[], size_t n_others, struct plugged *p, bool *may_lock)
 {
-	struct listing l = { .p = p, .mr = mr };
-	struct section all = { .mr = mr };
+	struct listing l = { .p = p, .mr = e->mr };
+	struct section all = { .mr = e->mr };
+	void *device = e->device;
 
 	if (!sym.object_property_get_uint || !sym.memory_region_size || !sym.get_system_memory || !sym.memory_region_find ||
 	    !sym.memory_region_unref || !sym.ram_discard_manager_replay_populated ||
 	    !sym.virtio_queue_get_last_avail_idx || !sections_are_known(others, n_others))
 		return -ENOTSUP;
 	plugged_clear(p);
-	l.size = all.size[0] = sym.memory_region_size(mr);
-	sym.ram_discard_manager_replay_populated(device, &all, add_part, &l);
+	l.size = all.size[0] = sym.memory_region_size(e->mr);
+	sym.ram_discard_manager_replay_populated(e->manager, &all, add_part, &l);
 	/* The device says, too, how much it is. */
 	if (l.err || sym.object_property_get_uint(device, "size", NULL) != p->total)
 		return -ENOTSUP;

@@ -17,6 +17,8 @@ _REGION, _FIRST, _LAST = 320, 40, 160
 _CONTAINER_LAST = 5
 _NAME_MOST = 64
 _TYPE = re.compile(rb"[A-Za-z][A-Za-z0-9_.,:+-]*")
+_PARTLY = ("virtio-mem", "ram-discard-manager")
+"""What a memory region of virtio-mem points to: the device, from 6.1; what manages several such devices, from 11.1."""
 _SIZE, _FLAGS = 40, 48
 """In struct HostMemoryBackend, which begins with struct Object."""
 
@@ -71,7 +73,7 @@ def owner(read: Read, region: int, block: int) -> Owner | None:
         return None
     if any(flag > 1 for flag in flags):
         return None
-    manager = any(_type(read, word).startswith("virtio-mem") for word in words[index + 2 :] if _pointer(word))
+    manager = any(_type(read, word).startswith(_PARTLY) for word in words[index + 2 :] if _pointer(word))
     return Owner(name, flags, manager, _holder(read, words[index + 2 : index + 2 + _CONTAINER_LAST], index + 1))
 
 

@@ -175,7 +175,9 @@ def judge(read: Read, raws: list[Raw], uses: Mapping[str, str]) -> Found:
             doubts.append(f"whose {block} is was not found")
         if owner is not None and owner.backend:
             used = owner.in_use(old=old) and _is_main(block, owner, uses, machine=machine)
-            (ram if used else others).append(block._replace(virtio_mem=owner.virtio_mem))
+            # Before 6.1 nothing leads from the block to the device.
+            partly = owner.virtio_mem or uses.get(_backend(block), "").startswith("virtio-mem")
+            (ram if used else others).append(block._replace(virtio_mem=partly))
         else:
             (ram if named_like_machine_ram(block.id) else others).append(block)
     ram.sort(key=lambda block: block.host)
@@ -188,14 +190,23 @@ def _is_main(block: Block, owner: qom.Owner, uses: Mapping[str, str], *, machine
     """Whether what uses a backend makes main memory of it: the machine, a DIMM, virtio-mem; not an NVDIMM or ivshmem.
 
     Of what was plugged in later the command line knows nothing. A DIMM's block is put into the machine's region for
-    such memory, an NVDIMM's is shown there by an alias, another device's is in the device's own region. `machine` is
-    whether the machine's own memory is known: if not, it may be this.
+    such memory, an NVDIMM's is shown there by an alias, another device's is in the device's own region. Of the devices
+    on a bus, whose address is then part of the block's name, some use the machine's region too: virtio-pmem, and
+    virtio-mem, of which only QEMU 6.1 and later tell. `machine` is whether the machine's own memory is known: if not,
+    it may be this.
     """
     if owner.virtio_mem or named_like_machine_ram(block.id):
         return True
-    if (use := uses.get(block.id.rsplit("/", 1)[-1])) is not None:
+    if (use := uses.get(_backend(block))) is not None:
         return use == qemuargs.MACHINE or use.startswith(qemuargs.MAIN_MEMORY)
+    if "/" in block.id.removeprefix("/objects/"):
+        return False
     return owner.holder.endswith("-machine") or (not owner.holder and not machine)
+
+
+def _backend(block: Block) -> str:
+    """The name of the memory backend that a block belongs to."""
+    return block.id.rsplit("/", 1)[-1]
 
 
 def named_like_machine_ram(name: str) -> bool:

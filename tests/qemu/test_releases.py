@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 
+from ramlock import locate, procfs
+from ramlock.guestram import Found
 from tests.conftest import absent
 from tests.qemu import truth
 from tests.qemu.conftest import assert_holds, ramlock
 from tests.qemu.guest import MIB, ROOT, SHIM, Guest
+from tests.qemu.test_layout import unplug
+from tests.qemu.test_locate import hosts
 
 pytestmark = pytest.mark.usefixtures("lockable", "root")
 
@@ -50,10 +54,11 @@ def enter(root: Path, *, proc: bool, preload: str = "") -> list[str]:
     return ["unshare", "-m", "sh", "-c", f"{mounts}{preload} exec chroot '{root}' \"$@\"", "sh"]
 
 
-def foreign(root: Path, *, proc: bool, preload: str = "", args: Sequence[str] = ()) -> Guest:
+def foreign(root: Path, *, proc: bool, preload: str = "", args: Sequence[str] = (), **more: Any) -> Guest:
     """A QEMU of that release."""
     prepare = enter(root, proc=proc, preload=preload)
-    return Guest(how="plain", memory=256 * MIB, qemu=QEMU, args=args, prepare=prepare, timeout=120)
+    more = {"memory": 256 * MIB, **more}
+    return Guest(how="plain", qemu=QEMU, args=args, prepare=prepare, timeout=120, **more)
 
 
 def check_round(guest: Guest, env: dict[str, str] | None = None) -> None:
@@ -136,6 +141,70 @@ def test_memory_that_comes_and_goes(release: Path) -> None:
         assert truth.vm_lck(guest.pid) == 320 * MIB
         with guest.shim() as shim:
             assert sorted(block["id"] for block in shim.execute("query-ram-blocks")) == ["more", "pc.ram"]
+        guest.check_unharmed()
+
+
+LAYOUT = """
+    -m 64M,slots=4,maxmem=2G -device VGA
+    -object memory-backend-memfd,id=n0,size=32M -numa node,memdev=n0
+    -object memory-backend-file,id=n1,size=32M,mem-path={directory} -numa node,memdev=n1
+    -object memory-backend-ram,id=d0,size=64M -device pc-dimm,id=dimm0,memdev=d0
+    -object memory-backend-ram,id=v0,size=128M -device virtio-mem-pci,id=vm0,memdev=v0
+    -object memory-backend-ram,id=x0,size=32M -device nvdimm,id=nv0,memdev=x0
+    -object memory-backend-ram,id=s0,size=16M,share=on -device ivshmem-plain,memdev=s0
+    -object memory-backend-ram,id=spare,size=64M
+"""
+
+
+def add(guest: Guest, backend: str, size: int, driver: str, *, old: bool) -> None:
+    """Plugs in a device that uses a new backend."""
+    props = {"props": {"size": size}} if old else {"size": size}
+    guest.monitor.execute("object-add", {"qom-type": "memory-backend-ram", "id": backend, **props})
+    guest.monitor.execute("device_add", {"driver": driver, "id": f"dev-{backend}", "memdev": backend})
+
+
+def where(guest: Guest) -> dict[str, int]:
+    """Where QEMU says that its RAM blocks are; from 10.0 it lists that, before only of what the guest has mapped."""
+    lines = guest.monitor.human("info ramblock").splitlines()
+    if "HVA" not in lines[0]:
+        return hosts(guest)
+    named = [words for words in map(str.split, lines[1:]) if not words[0].isdecimal()]
+    return {words[0].rsplit("/", 1)[-1]: int(words[-2], 16) for words in named}
+
+
+def check_found(guest: Guest, found: Found, names: str, part: str) -> None:
+    """What was found certainly, from outside, is just these blocks; `part` are those of virtio-mem."""
+    assert found.certain, found
+    places, sizes = where(guest), {name.rsplit("/", 1)[-1]: size for name, size in guest.blocks().items()}
+    blocks = {block.id.rsplit("/", 1)[-1]: block for block in found.blocks}
+    assert {name for name, block in blocks.items() if block.virtio_mem} == set(part.split())
+    assert set(blocks) == {*names.split(), *part.split()}
+    for name, block in blocks.items():
+        assert block.size == sizes[name]
+        # What is not plugged is mapped nowhere in the guest.
+        assert block.host == places.get(name, block.host if block.virtio_mem else 0)
+
+
+def test_where_guest_ram_is(release: Path) -> None:
+    """NUMA nodes, DIMMs, virtio-mem, and what is none: from outside, by the shim, and when more is plugged in."""
+    old = release.name == "bullseye"
+    with foreign(release, proc=True, machine="pc,nvdimm=on", memory=0, args=LAYOUT.split()) as guest:
+        process = procfs.read(guest.pid)
+        # What nothing has plugged of virtio-mem is no guest RAM; before 6.1 it is not known, and left alone.
+        check_found(guest, locate.outside(process), "n0 n1 d0", "v0")
+        assert not locate.outside(process, "maps").certain
+        add(guest, "d1", 32 * MIB, "pc-dimm", old=old)
+        add(guest, "x1", 32 * MIB, "nvdimm", old=old)
+        add(guest, "v1", 128 * MIB, "virtio-mem-pci", old=old)
+        found = locate.outside(process)
+        check_found(guest, found, "n0 n1 d0 d1", "v0" if old else "v0 v1")
+        result = ramlock("inject", "--pid", guest.pid, "--guarantee", "all", timeout=60)
+        assert result.returncode == 0, result.stderr
+        ram = [block for block in found.blocks if not block.virtio_mem]
+        ranges = truth.join([truth.Range(block.host, block.end) for block in ram])
+        assert truth.locked(guest.pid).ranges == ranges
+        unplug(guest, "dev-d1", 2)
+        check_found(guest, locate.outside(process), "n0 n1 d0", "v0" if old else "v0 v1")
         guest.check_unharmed()
 
 

@@ -47,9 +47,10 @@ def test_a_backend() -> None:
 
 
 def test_virtio_mem() -> None:
-    found = owner(memory("memory-backend-ram", manager="virtio-mem"))
-    assert found is not None
-    assert found.virtio_mem
+    for manager in ("virtio-mem", "ram-discard-manager"):
+        found = owner(memory("memory-backend-ram", manager=manager))
+        assert found is not None
+        assert found.virtio_mem
     found = owner(memory("memory-backend-ram", manager="ram-block-attributes"))
     assert found is not None
     assert not found.virtio_mem
@@ -111,6 +112,17 @@ def test_what_uses_a_backend(uses: dict[str, str], more: list[ramlist.Raw], main
     read = memory("memory-backend-ram", b"\0\0\0\0\1\0").read
     found = ramlist.judge(read, [raw("m", BLOCK, MIB), *more], uses)
     assert ("m" in [b.id for b in found.blocks]) == main
+
+
+def test_only_a_part_of_what_virtio_mem_uses_is_guest_ram() -> None:
+    """Before 6.1 the device is not found from the block, but the command line or the block's name tell of it."""
+    read = memory("memory-backend-ram", b"\0\0\0\0\1\0").read
+    name = "0000:00:01.0/m"
+    (block,) = ramlist.judge(read, [raw(name, BLOCK, MIB)], {"m": "virtio-mem-pci"}).blocks
+    assert block.virtio_mem
+    found = ramlist.judge(read, [raw(name, BLOCK, MIB)], {})
+    assert ([b.id for b in found.blocks], [b.id for b in found.others]) == ([], [name])
+    assert [b.id for b in ramlist.judge(read, [raw("/objects/m", BLOCK, MIB)], {}).blocks] == ["/objects/m"]
 
 
 def test_without_an_owner_the_name_is_a_guess() -> None:
