@@ -78,7 +78,7 @@ def read(pid: int, proc: Path = PROC) -> Process:
             cmdline=_cmdline(pid, proc),
         )
     except (FileNotFoundError, ProcessLookupError):
-        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+        raise _no_process(pid) from None
     except PermissionError:
         raise NoPermission(f"process {pid} may not be looked at", "run ramlock as root or as the VM's user") from None
 
@@ -117,7 +117,7 @@ def _limit(pid: int, name: str, proc: Path) -> tuple[int | None, int | None]:
     try:
         text = _bytes(proc / str(pid) / "limits").decode("ascii", "replace")
     except OSError:
-        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+        raise _no_process(pid) from None
     match = re.search(rf"^{name}\s+(\S+)\s+(\S+)", text, re.MULTILINE)
     if match is None:
         return None, None
@@ -126,19 +126,25 @@ def _limit(pid: int, name: str, proc: Path) -> tuple[int | None, int | None]:
 
 
 def capabilities(pid: int | str, which: str, proc: Path = PROC) -> int:
-    """Return a capability set of `pid` as a bit mask; `which` is "CapEff", "CapBnd", "CapAmb" and so on."""
-    return int(_status(_bytes(proc / str(pid) / "status")).get(which, "0"), 16)
+    """Return a capability set of `pid` as a bit mask; `which` is "CapEff", "CapBnd", "CapAmb" and so on.
+
+    Raises NotFound when there is no such process.
+    """
+    return int(_status_of(pid, proc).get(which, "0"), 16)
 
 
 def groups(pid: int, proc: Path = PROC) -> set[int]:
-    """Return the groups that count when `pid` opens files: its file system gid and the supplementary ones."""
-    status = _status(_bytes(proc / str(pid) / "status"))
+    """Return the groups that count when `pid` opens files: its file system gid and the supplementary ones.
+
+    Raises NotFound when there is no such process.
+    """
+    status = _status_of(pid, proc)
     return {int(gid) for gid in (status.get("Gid", "").split()[-1:] + status.get("Groups", "").split())}
 
 
 def tracer(pid: int, proc: Path = PROC) -> int:
-    """Return the pid of the process that traces `pid`, 0 when none does."""
-    return int(_status(_bytes(proc / str(pid) / "status")).get("TracerPid", "0"))
+    """Return the pid of the process that traces `pid`, 0 when none does. Raises NotFound when there is no such process."""
+    return int(_status_of(pid, proc).get("TracerPid", "0"))
 
 
 def seccomp(pid: int, proc: Path = PROC) -> tuple[int, int | None]:
@@ -146,10 +152,7 @@ def seccomp(pid: int, proc: Path = PROC) -> tuple[int, int | None]:
 
     Raises NotFound when there is no such process.
     """
-    try:
-        status = _status(_bytes(proc / str(pid) / "status"))
-    except OSError:
-        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+    status = _status_of(pid, proc)
     count = status.get("Seccomp_filters")
     return int(status.get("Seccomp", "0")), None if count is None else int(count)
 
@@ -272,7 +275,7 @@ class Pin:
         try:
             self._fd = os.pidfd_open(pid)
         except OSError:
-            raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+            raise _no_process(pid) from None
 
     @property
     def alive(self) -> bool:
@@ -289,6 +292,18 @@ class Pin:
     def close(self) -> None:
         """Let go of it."""
         os.close(self._fd)
+
+
+def _no_process(pid: int | str) -> NotFound:
+    return NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu")
+
+
+def _status_of(pid: int | str, proc: Path) -> dict[str, str]:
+    """Read /proc/PID/status. Raises NotFound when there is no such process."""
+    try:
+        return _status(_bytes(proc / str(pid) / "status"))
+    except OSError:
+        raise _no_process(pid) from None
 
 
 def _bytes(path: Path) -> bytes:

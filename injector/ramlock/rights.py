@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ramlock import procfs
-from ramlock.errors import NoPermission
+from ramlock.errors import NoPermission, NotFound
 
 CAP_SYS_PTRACE = 19
 _AS_ROOT = "run ramlock as root"
@@ -31,12 +31,12 @@ class Facts(NamedTuple):
 
 
 def facts(process: procfs.Process, proc: Path = procfs.PROC) -> Facts:
-    """Read them. Raises NotFound when the process has ended."""
+    """Read them; of a process that has ended, what was known before."""
     try:
         # Of a file in it: the folder itself always belongs to the process's user.
         owner = (proc / str(process.pid) / "status").stat().st_uid
         permitted = procfs.capabilities(process.pid, "CapPrm", proc)
-    except OSError:
+    except (OSError, NotFound):
         owner, permitted = process.uids[1], 0
     try:
         yama = int((proc / "sys/kernel/yama/ptrace_scope").read_text(encoding="ascii"))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,17 @@ def test_seccomp_and_stack_limit_and_stops(tmp_path: Path) -> None:
     assert procfs.stopping(1, tmp_path)
     with pytest.raises(NotFound):
         procfs.seccomp(2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        procfs.tracer,
+        procfs.groups,
+        procfs.seccomp,
+        lambda pid, proc: procfs.capabilities(pid, "CapEff", proc),
+    ],
+)
+def test_a_process_that_has_ended_is_not_found(question: Callable[[int, Path], object], tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        question(2, tmp_path)

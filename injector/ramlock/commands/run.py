@@ -50,7 +50,7 @@ def command(
     Without this command the environment does the same:
 
     \b
-      LD_PRELOAD=/usr/lib/ramlock/ramlock.so RAMLOCK_GUARANTEE=1G qemu-system-x86_64 ...
+      LD_PRELOAD=/usr/local/lib/ramlock/ramlock.so RAMLOCK_GUARANTEE=1G qemu-system-x86_64 ...
 
     Before QEMU starts it is checked that preloading can work, and the limit of locked memory is raised as far as this
     user may.
