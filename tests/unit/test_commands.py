@@ -54,7 +54,9 @@ class Run:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    # What the tests after these start would have the low priority, too.
+    monkeypatch.setattr(commands, "give_way", lambda: None)
     return Run(capfd)
 
 
