@@ -2,13 +2,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "injector" / "ramlock"
+TOP = Path(__file__).parents[2]
+PACKAGE = TOP / "injector" / "ramlock"
+SHIM = TOP / "shim"
+ARCHITECTURE = (TOP / "docs" / "architecture.md").read_text()
 FLOORS = [
     {"errors", "streams", "text", "teststeps"},
     {"deadline", "sizes"},
@@ -76,3 +80,17 @@ def test_foreign_libraries_have_one_importer(path: Path) -> None:
 
 def test_every_module_has_a_floor() -> None:
     assert {module(path) for path in MODULES} - {"__init__"} == set().union(*FLOORS)
+
+
+def test_the_architecture_page_has_every_module_on_its_floor() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", ARCHITECTURE, re.MULTILINE)
+    table = {int(number): set(re.findall(r"`(\w+)(?:\.py|/)`", text)) for number, text in rows}
+    assert table == {number: names for number, names in enumerate(FLOORS) if names != {"__main__"}}
+
+
+def test_the_architecture_page_has_every_file_of_the_shim() -> None:
+    table = ARCHITECTURE[ARCHITECTURE.index("## The shim") : ARCHITECTURE.index("### Life of a preloaded shim")]
+    named = set()
+    for name, suffix in re.findall(r"`(\w+)\.(\[ch\]|c|h|S)`", table):
+        named |= {f"{name}.c", f"{name}.h"} if suffix == "[ch]" else {f"{name}.{suffix}"}
+    assert named == {path.name for path in SHIM.iterdir() if path.suffix in (".c", ".h", ".S")}
