@@ -232,9 +232,10 @@ static int populate(struct stepper *st, struct range r)
 static void explain_errno(struct stepper *st, int err, const struct step *s, const char *doing, struct outcome *o)
 {
 	uint64_t limit = headroom_memlock_limit(&st->headroom);
-	int64_t locked = headroom_vm_locked(&st->headroom);
+	int64_t locked = headroom_vm_locked(&st->headroom); /* negative: nobody knows */
 
-	if (limit != UINT64_MAX && (err == EPERM || (err == ENOMEM && (uint64_t)locked + range_size(s->r) > limit))) {
+	if (limit != UINT64_MAX &&
+	    (err == EPERM || (err == ENOMEM && locked >= 0 && (uint64_t)locked + range_size(s->r) > limit))) {
 		explain_rlimit(o, limit);
 		return;
 	}
