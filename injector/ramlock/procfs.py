@@ -143,7 +143,10 @@ def groups(pid: int, proc: Path = PROC) -> set[int]:
 
 
 def tracer(pid: int, proc: Path = PROC) -> int:
-    """Return the pid of the process that traces `pid`, 0 when none does. Raises NotFound when there is no such process."""
+    """Return the pid of the process that traces `pid`, 0 when none does.
+
+    Raises NotFound when there is no such process.
+    """
     return int(_status_of(pid, proc).get("TracerPid", "0"))
 
 
