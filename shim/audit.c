@@ -129,3 +129,29 @@ uint64_t audit_merged(int pagemap, struct range r)
 
 	return pagemap < 0 ? 0 : count_entries(pagemap, r, PRESENT | FILE_OR_SHARED | EXCLUSIVE, PRESENT, &failed);
 }
+
+bool audit_next_present(int pagemap, struct range r, struct range *run)
+{
+	uint64_t entries[ENTRIES];
+	bool open = false;
+
+	while (pagemap >= 0 && r.start < r.end) {
+		size_t n = read_entries(pagemap, r, entries);
+
+		for (size_t i = 0; i < n; i++) {
+			bool present = entries[i] & PRESENT;
+
+			if (present && !open)
+				run->start = r.start + i * PAGE;
+			if (!present && open)
+				return true;
+			open = present;
+			if (present)
+				run->end = r.start + (i + 1) * PAGE;
+		}
+		if (!n)
+			break;
+		r.start += n * PAGE;
+	}
+	return open;
+}

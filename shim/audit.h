@@ -24,6 +24,9 @@ const char *loss_name(enum loss loss);
  */
 uint64_t audit_absent(int pagemap, struct range r);
 
+/* The first run of pages of @r that are in memory and mapped here. Returns false when there is none, or no telling. */
+bool audit_next_present(int pagemap, struct range r, struct range *run);
+
 /* Bytes of @r, in a private anonymous mapping, that are there and shared with others. Without @pagemap none is seen. */
 uint64_t audit_merged(int pagemap, struct range r);
 

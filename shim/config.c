@@ -196,6 +196,12 @@ static void config_read(struct config *c, config_get_fn *get, void *opaque, void
 			warn("RAMLOCK_HOST_RESERVE: '%s' %s; using the default", text, why);
 	}
 
+	text = get(opaque, "RAMLOCK_FOLLOW_DISCARDS");
+	if (text && !strcmp(text, "1"))
+		c->follow_discards = true;
+	else if (text && *text && strcmp(text, "0"))
+		warn("RAMLOCK_FOLLOW_DISCARDS: '%s' is neither 0 nor 1; using 0", text);
+
 	text = get(opaque, "RAMLOCK_SOCKET");
 	if (text && strlen(text) >= sizeof(c->socket))
 		warn("RAMLOCK_SOCKET: the path is longer than %zu bytes; using the usual place", sizeof(c->socket) - 1);

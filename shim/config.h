@@ -20,6 +20,7 @@ struct config {
 	char guarantee_error[160]; /* why there is none, though one was asked for */
 	enum order order;
 	bool prefault;
+	bool follow_discards;
 	uint32_t hold_budget_us; /* 0: the usual */
 	uint32_t threads;
 	uint64_t host_reserve; /* bytes; 0: the usual */

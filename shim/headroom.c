@@ -31,6 +31,7 @@ static const char *const shortage_names[] = {
 	[SHORTAGE_MAP_COUNT] = "map-count",
 	[SHORTAGE_NO_RAM] = "no-ram",
 	[SHORTAGE_MIGRATION] = "migration",
+	[SHORTAGE_DISCARDED] = "discarded",
 	[SHORTAGE_KERNEL] = "kernel",
 };
 static_assert(sizeof(shortage_names) / sizeof(shortage_names[0]) == SHORTAGE_COUNT, "a name for each shortage");

@@ -113,7 +113,7 @@ static void choose(struct locker *l, struct step *s)
 			s->kind = STEP_SUSPENDED;
 			return;
 		}
-		if (!plan_is_current(l) || !plan_peek(&l->plan, &l->layout, &s->r)) {
+		if (!plan_is_current(l) || !plan_peek(&l->plan, &l->layout, &s->r) || !follow_trim(l, &s->r)) {
 			s->kind = STEP_PLAN;
 			return;
 		}
@@ -215,6 +215,7 @@ static enum shortage make_plan(struct locker *l)
 
 	l->stepper.owed = locker_count_absent(l, &on_fault, (struct range){ 0, UINT64_MAX });
 
+	follow_avoid(l, &held);
 	plan_clear(&l->plan);
 	if (order == ORDER_RESIDENT && !l->plan_resident_done) {
 		int err = plan_resident(&l->plan, &layout, &held, need, find_residency, &r);
@@ -240,7 +241,9 @@ static enum shortage make_plan(struct locker *l)
 	l->plan_layout = r.layout_generation;
 	if (l->plan.n)
 		return SHORTAGE_NONE;
-	return runs ? SHORTAGE_KERNEL : SHORTAGE_MAP_COUNT;
+	if (!runs)
+		return SHORTAGE_MAP_COUNT;
+	return l->avoids ? SHORTAGE_DISCARDED : SHORTAGE_KERNEL;
 }
 
 /* ---- Accounting; with the mutex ---- */
@@ -347,6 +350,8 @@ static void carry_out(struct locker *l, struct step *s)
 		l->in_flight = s->r;
 		l->in_flight_gone = false;
 		l->n_steps++;
+		if (s->kind == STEP_LOCK)
+			follow_locking(l, s->r);
 		pthread_mutex_unlock(&l->mutex);
 
 		step_carry_out(&l->stepper, s, &o);
@@ -358,6 +363,7 @@ static void carry_out(struct locker *l, struct step *s)
 		account(l, s, &o, gone);
 	}
 	if (o.shortage) {
+		follow_changed(l, s->r);
 		l->plan_valid = false;
 		if (generation == l->generation && layout_generation == l->layout_generation)
 			go_short(l, o.shortage, o.text);
@@ -365,6 +371,7 @@ static void carry_out(struct locker *l, struct step *s)
 			l->state = working; /* a new wish, or other RAM, deserves a try of its own */
 		return;
 	}
+	follow_changed(l, s->r);
 	l->state = working;
 	l->shortage = SHORTAGE_NONE;
 	l->retry_ns = RETRY_MIN_NS;
@@ -383,10 +390,18 @@ static void carry_out(struct locker *l, struct step *s)
 	pthread_mutex_lock(&l->mutex);
 }
 
+/* When to look by ourselves at what is held, or was given back. */
+static uint64_t next_deadline(struct locker *l)
+{
+	uint64_t upkeep = upkeep_deadline(l), follow = follow_deadline(l);
+
+	return upkeep < follow ? upkeep : follow;
+}
+
 /* There is nothing to do: waits for work, or for the next look at what is held. */
 static void wait_idle(struct locker *l)
 {
-	uint64_t deadline = upkeep_deadline(l);
+	uint64_t deadline = next_deadline(l);
 
 	if (deadline == UINT64_MAX)
 		pthread_cond_wait(&l->wake, &l->mutex);
@@ -403,12 +418,15 @@ static void wait_short(struct locker *l)
 	uint64_t generation = l->generation, layout_generation = l->layout_generation;
 	uint64_t deadline = now_ns() + l->retry_ns;
 
-	if (deadline > upkeep_deadline(l))
-		deadline = upkeep_deadline(l);
 	while (!l->stop && !l->look_again && generation == l->generation && layout_generation == l->layout_generation &&
-	       !upkeep_is_due(l))
-		if (clock_wait(&l->wake, &l->mutex, deadline) == ETIMEDOUT)
+	       !upkeep_is_due(l) && follow_deadline(l) > now_ns()) {
+		uint64_t sooner = next_deadline(l);
+
+		if (sooner > deadline)
+			sooner = deadline;
+		if (clock_wait(&l->wake, &l->mutex, sooner) == ETIMEDOUT && sooner == deadline)
 			break;
+	}
 	l->look_again = false;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
 	l->stepper.credit = 0;
@@ -426,11 +444,16 @@ void *locker_run(void *arg)
 		enum shortage why;
 		struct step s;
 
+		if (follow_deadline(l) <= now_ns()) {
+			follow_run(l);
+			continue;
+		}
 		if (upkeep_is_due(l)) {
 			upkeep_run(l);
 			continue;
 		}
 		choose(l, &s);
+		follow_hunger(l, s.kind != STEP_NONE);
 		switch (s.kind) {
 		case STEP_NONE:
 			settle(l);
@@ -443,8 +466,10 @@ void *locker_run(void *arg)
 			why = make_plan(l);
 			if (!why)
 				continue;
-			go_short(l, why, why == SHORTAGE_MAP_COUNT ? "QEMU has nearly as many mappings as vm.max_map_count allows" :
-								     "no part of guest RAM is left to lock");
+			go_short(l, why,
+				 why == SHORTAGE_MAP_COUNT ? "QEMU has nearly as many mappings as vm.max_map_count allows" :
+				 why == SHORTAGE_DISCARDED ? "the guest has given the rest of its RAM back" :
+							     "no part of guest RAM is left to lock");
 			break;
 		case STEP_SUSPENDED:
 			go_short(l, SHORTAGE_MIGRATION, l->suspended);

@@ -95,7 +95,16 @@ struct locker {
 	uint64_t rate_ns, rate_bytes; /* when, and with how many bytes done, that was taken */
 	uint64_t progress_ns; /* time of the last progress event */
 
+	/* Called on QEMU's threads when there are discards to look at: is to have follow_wake() called. */
+	void (*discarded)(void *opaque);
+	bool follows; /* goes along with memory that the guest gives back; does not change */
+	int follow_error; /* why QEMU's discards do not all come to us; 0: they do */
+
 	/* The thread's own. */
+	uint64_t followed_layout; /* the layout_generation that discards are followed in */
+	uint64_t follow_next_ns; /* not before that time discards are looked at again */
+	bool avoids; /* there is memory that was given back */
+	bool hungry; /* memory that comes back would be of use */
 	struct plan plan;
 	bool plan_valid;
 	uint64_t plan_generation, plan_layout;
@@ -186,6 +195,8 @@ struct locker_status {
 	size_t n_blocks;
 	uint64_t step_max_us, step_p99_us, rate, eta_s, extents, filled;
 	uint64_t memlock_limit; /* UINT64_MAX: unlimited */
+	bool follows; /* memory that the guest gives back is followed */
+	uint64_t given_back; /* bytes of that, as far as is known */
 	uint64_t counted; /* what VmLck must show at least */
 	struct losses lost, repaired; /* since the start */
 	struct losses news_lost, news_repaired; /* with the events of the same names: since the last */

@@ -4,6 +4,7 @@
 #define RAMLOCK_LOCKER_INSIDE_H
 
 #include "clock.h"
+#include "follow.h"
 #include "locker.h"
 
 /* The pause before a short guarantee is tried again, at first. */

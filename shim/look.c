@@ -38,6 +38,15 @@ static void poke(struct shim *s)
 	pthread_mutex_unlock(&s->looking);
 }
 
+/* The guest gave memory back. On any thread of QEMU's. */
+void look_gave_back(void *opaque)
+{
+	struct shim *s = opaque;
+
+	if (atomic_load(&s->active))
+		poke(s);
+}
+
 static void ram_changed(void *opaque)
 {
 	struct shim *s = opaque;

@@ -74,6 +74,8 @@ void query_ram_minguarantee(struct commands *c, struct json_object *arguments, s
 	if (s->state == LOCKER_LOCKING || s->state == LOCKER_UNLOCKING)
 		add_size(o, "eta-s", s->eta_s);
 	add_size(o, "extents", s->extents);
+	add_bool(o, "follow-discards", s->follows);
+	add_size(o, "given-back", s->given_back);
 	add_losses(o, "lost", &s->lost);
 	add_losses(o, "repaired", &s->repaired);
 	add_size(o, "gap-filled", s->filled);

@@ -42,7 +42,7 @@ test-shim: $(SHIM_TESTS) ## Run the shim's C units under ASan and UBSan
 	@set -e; for t in $(SHIM_TESTS); do $$t; done
 
 $(SHIM_BUILD)/tests/%: tests/shim/%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_UNITS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
-	$(CC) $(filter-out -O2,$(SHIM_CFLAGS)) -O1 $(SHIM_SANITIZE) -Ishim -o $@ $< $(SHIM_TEST_UNITS) $(JSONC_LIBS) -lpthread -ldl
+	$(CC) $(filter-out -O2,$(SHIM_CFLAGS)) -O1 $(SHIM_SANITIZE) -Wl,-z,relro,-z,now -Ishim -o $@ $< $(SHIM_TEST_UNITS) $(JSONC_LIBS) -lpthread -ldl
 
 lint-shim: ## Compile the shim with every warning and gcc's analyzer as errors
 	@for f in $(SHIM_SOURCES); do $(CC) $(SHIM_CFLAGS) $(SHIM_ONLY) -fanalyzer -c -o /dev/null $$f || exit 1; done

@@ -18,6 +18,8 @@
 #include "shim.h"
 
 #include "clock.h"
+#include "discards.h"
+#include "follow.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -115,6 +117,7 @@ static bool may_leave(struct shim *s)
 /* Takes back all that was started, once the lock thread is no more; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
 static void eject(struct shim *s)
 {
+	discards_unfollow();
 	pthread_mutex_lock(&s->binding);
 	control_unlink(&s->control);
 	pthread_mutex_unlock(&s->binding);
@@ -160,6 +163,7 @@ static void *control_run(void *arg)
 		if (s->commands.eject && (pause < 0 || pause > LOOK_AGAIN_MAX_MS))
 			pause = LOOK_AGAIN_MAX_MS;
 		control_wait(&s->control, pause);
+		follow_wake(&s->locker);
 		commands_events(&s->commands, control_event, &s->control);
 	} while (!may_leave(s));
 	/* What was handed over is in the reply alone: let it go out. */
@@ -182,6 +186,8 @@ static int start(struct shim *s)
 	locker_init(&s->locker, locker_news, s);
 	s->locker.look = look_before_plan;
 	s->locker.refresh = look_and_wait;
+	s->locker.discarded = look_gave_back;
+	s->locker.follows = s->config.follow_discards;
 	pushed_init(&s->pushed);
 	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;

@@ -58,6 +58,9 @@ __attribute__((format(printf, 1, 2))) void shim_warn(const char *fmt, ...);
 /* Nothing is known of guest RAM yet. */
 void look_init(struct shim *s);
 
+/* The guest gave memory back: wakes the control thread. On any thread of QEMU's. */
+void look_gave_back(void *opaque);
+
 /* Does what is due about finding guest RAM. Returns how long to wait for the next time, in ms; -1: until poked. Control thread. */
 int look_when_due(struct shim *s);
 

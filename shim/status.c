@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What the lock thread tells: its status and its events. Any thread but the locker's. */
+#include "discards.h"
 #include "locker_inside.h"
 #include "residency.h"
 
@@ -50,6 +51,8 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 	/* A step in flight may have been counted by the kernel already. */
 	s->foreign = books_in_vm_locked(&l->books, &l->layout) + range_size(l->in_flight);
 	s->counted = range_size(l->in_flight) ? 0 : upkeep_expected(l);
+	s->follows = l->follows && !l->follow_error;
+	s->given_back = l->follows ? discards_total() : 0;
 	s->lost = l->upkeep.lost;
 	s->repaired = l->upkeep.repaired;
 	*on_fault = l->books.on_fault;

@@ -72,7 +72,9 @@ uint64_t upkeep_deadline(struct locker *l)
 
 bool upkeep_is_due(const struct locker *l)
 {
-	return l->known && (l->upkeep.wanted || (l->upkeep.due_ns && l->books.held.total && now_ns() >= l->upkeep.due_ns));
+	/* What was given back is no loss: that goes first. */
+	return l->known && !follow_is_pending(l) &&
+	       (l->upkeep.wanted || (l->upkeep.due_ns && l->books.held.total && now_ns() >= l->upkeep.due_ns));
 }
 
 /* One walk over what is held; the lock thread's own. */
@@ -159,7 +161,7 @@ static void find_lost_pages(const struct locker *l, struct walk *w, const struct
 		chunk.end = (chunk.start / CHUNK + 1) * CHUNK;
 		if (chunk.end > r.end)
 			chunk.end = r.end;
-		lost = lost_pages(l, on_fault, chunk);
+		lost = follow_is_given_back(l, chunk) ? 0 : lost_pages(l, on_fault, chunk);
 		w->lost.bytes[LOSS_DISCARDED] += lost;
 		if (lost)
 			extents_add(&w->doubtful, chunk);
@@ -219,15 +221,14 @@ static void look_at(struct locker *l, struct walk *w, const struct books *books,
 		keep_out(l, w, r);
 }
 
-/* Gives up the mutex for work on @r, for which a removal waits. */
-static void begin_piece(struct locker *l, struct range r)
+void upkeep_begin_piece(struct locker *l, struct range r)
 {
 	l->in_flight = r;
 	l->n_steps++;
 	pthread_mutex_unlock(&l->mutex);
 }
 
-static void end_piece(struct locker *l)
+void upkeep_end_piece(struct locker *l)
 {
 	pthread_mutex_lock(&l->mutex);
 	l->in_flight = (struct range){ 0, 0 };
@@ -275,9 +276,12 @@ static bool walk_over(struct locker *l, struct walk *w, uint64_t from, uint64_t 
 	while (next_piece(l, from, &r, &found) && r.start < to) {
 		const struct ram_block b = *found;
 
-		begin_piece(l, r);
+		if (follow_is_pending(l))
+			return false;
+
+		upkeep_begin_piece(l, r);
 		look_at(l, w, &books, &b, r);
-		end_piece(l);
+		upkeep_end_piece(l);
 		for (size_t i = 0; i < w->doubtful.n; i++)
 			books_doubt(&l->books, w->doubtful.v[i]);
 		if (w->gone && (!layout_find(&l->layout, r) || books_full(&l->books)))
@@ -319,9 +323,9 @@ static void let_go(struct locker *l)
 
 		if (b->backing == BACKING_HUGETLB || extents_overlap(&l->books.foreign, r))
 			continue;
-		begin_piece(l, r);
+		upkeep_begin_piece(l, r);
 		unlock(l, r, mergeable);
-		end_piece(l);
+		upkeep_end_piece(l);
 	}
 	drop(l, &l->books.held);
 }
@@ -406,8 +410,10 @@ static void look(struct locker *l, struct walk *w)
 		return;
 	}
 	w->relock = missing || (u->others >= 0 && others != u->others);
-	if (!walk_over(l, w, u->cursor, UINT64_MAX) || !walk_over(l, w, 0, u->cursor))
+	if (!walk_over(l, w, u->cursor, UINT64_MAX) || !walk_over(l, w, 0, u->cursor)) {
+		u->wanted |= missing && follow_is_pending(l);
 		return;
+	}
 	u->cursor = w->next;
 	if (w->relock) {
 		layout_generation = l->layout_generation;
@@ -430,6 +436,7 @@ void upkeep_run(struct locker *l)
 	w.private_left = PRIVATE_BYTES;
 	pthread_mutex_unlock(&l->mutex);
 	merging_look(&l->stepper.merging);
+	follow_tidy(l);
 	pthread_mutex_lock(&l->mutex);
 	w.merging = l->stepper.merging.at_work;
 	look(l, &w);

@@ -46,6 +46,10 @@ bool upkeep_is_due(const struct locker *l);
  */
 void upkeep_run(struct locker *l);
 
+/* Gives up the mutex for work on @r, for which a removal waits; and takes it again. The lock thread only. */
+void upkeep_begin_piece(struct locker *l, struct range r);
+void upkeep_end_piece(struct locker *l);
+
 /* The guarantee is held: what was lost is repaired. */
 void upkeep_settled(struct locker *l);
 

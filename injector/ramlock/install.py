@@ -70,6 +70,8 @@ class Options:
     """Whether filters that are not QEMU's own are no reason to refuse."""
     allow_probable: bool = False
     """Whether a guess of where guest RAM is will do."""
+    follow_discards: bool = False
+    """Whether QEMU's discards of guest RAM are to be followed."""
 
 
 class Outcome(NamedTuple):
@@ -242,6 +244,7 @@ def _plan_upgrade(
         socket=options.socket or theirs.get("RAMLOCK_SOCKET") or place.linked(process),
         allow_uid=int(allowed) if options.allow_uid is None and allowed.isdecimal() else options.allow_uid,
         owner=process.uids[0] if facts.get("entry") == "preloaded" else None,
+        follow_discards=options.follow_discards or _ask(vm, "query-ram-minguarantee").get("follow-discards") is True,
     )
     report = _look(process.pid, environ, kept.socket, options)
     report.require()
@@ -359,6 +362,8 @@ def _config(process: procfs.Process, where: place.Place, options: Options) -> by
         lines.append(f"RAMLOCK_SOCKET={where.path}")
     if options.allow_uid is not None:
         lines.append(f"RAMLOCK_ALLOW_UID={place.uid_inside(options.allow_uid, process.pid)}")
+    if options.follow_discards:
+        lines.append("RAMLOCK_FOLLOW_DISCARDS=1")
     return os.fsencode("\n".join(lines) + "\n")
 
 

@@ -35,6 +35,7 @@ class Options:
     threads: int | None = None
     host_reserve: int | None = None
     """Bytes; 0 for the default."""
+    follow_discards: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,8 @@ def shim_environ(environ: Mapping[str, str], library: Path, options: Options) ->
         result["RAMLOCK_THREADS"] = str(options.threads)
     if options.host_reserve is not None:
         result["RAMLOCK_HOST_RESERVE"] = str(options.host_reserve or "default")
+    if options.follow_discards:
+        result["RAMLOCK_FOLLOW_DISCARDS"] = "1"
     if options.allow_uid is not None:
         result["RAMLOCK_ALLOW_UID"] = str(options.allow_uid)
     if options.socket is not None:

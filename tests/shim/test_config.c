@@ -69,6 +69,7 @@ static void clear(void)
 	unsetenv("RAMLOCK_PREFAULT");
 	unsetenv("RAMLOCK_HOLD_BUDGET");
 	unsetenv("RAMLOCK_THREADS");
+	unsetenv("RAMLOCK_FOLLOW_DISCARDS");
 	unsetenv("RAMLOCK_HOST_RESERVE");
 	unsetenv("RAMLOCK_SOCKET");
 	unsetenv("RAMLOCK_ALLOW_UID");
@@ -103,12 +104,14 @@ static void the_environment_is_understood(void)
 	setenv("RAMLOCK_PREFAULT", "0", 1);
 	setenv("RAMLOCK_HOLD_BUDGET", "250", 1);
 	setenv("RAMLOCK_THREADS", "16", 1);
+	setenv("RAMLOCK_FOLLOW_DISCARDS", "1", 1);
 	setenv("RAMLOCK_HOST_RESERVE", "2G", 1);
 	setenv("RAMLOCK_SOCKET", "/run/x.sock", 1);
 	setenv("RAMLOCK_ALLOW_UID", "1000", 1);
 	config_from_environment(&c, note);
 	CHECK_EQ(guarantee_resolve(&c.guarantee, 0), 1 << 30);
 	CHECK_EQ(c.host_reserve, 2LL << 30);
+	CHECK(c.follow_discards);
 	CHECK_EQ(c.order, ORDER_ADDRESS);
 	CHECK(!c.prefault);
 	CHECK_EQ(c.hold_budget_us, 250);
@@ -132,6 +135,7 @@ static void mistakes_are_told_and_left_out(void)
 	setenv("RAMLOCK_PREFAULT", "yes", 1);
 	setenv("RAMLOCK_HOLD_BUDGET", "49", 1);
 	setenv("RAMLOCK_THREADS", "17", 1);
+	setenv("RAMLOCK_FOLLOW_DISCARDS", "yes", 1);
 	setenv("RAMLOCK_HOST_RESERVE", "50%", 1);
 	setenv("RAMLOCK_SOCKET", path, 1);
 	setenv("RAMLOCK_ALLOW_UID", "-1", 1);
@@ -147,6 +151,8 @@ static void mistakes_are_told_and_left_out(void)
 	CHECK_CONTAINS(warnings, "RAMLOCK_PREFAULT");
 	CHECK_CONTAINS(warnings, "RAMLOCK_HOLD_BUDGET");
 	CHECK_CONTAINS(warnings, "RAMLOCK_THREADS");
+	CHECK(!c.follow_discards);
+	CHECK_CONTAINS(warnings, "RAMLOCK_FOLLOW_DISCARDS");
 	CHECK_CONTAINS(warnings, "RAMLOCK_HOST_RESERVE");
 	CHECK_CONTAINS(warnings, "RAMLOCK_SOCKET");
 	CHECK_CONTAINS(warnings, "RAMLOCK_ALLOW_UID");

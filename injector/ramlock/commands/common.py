@@ -134,6 +134,11 @@ def lock_options(function: F) -> F:
 force_option = click.option(
     "--force", is_flag=True, help="Set it also when it does not seem to fit; locking still stops short of any limit."
 )
+follow_discards_option = click.option(
+    "--follow-discards",
+    is_flag=True,
+    help="Go along when the guest gives memory back (balloon): the guarantee moves to other pages.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the shim's reply as JSON; sizes in bytes.")
 
 

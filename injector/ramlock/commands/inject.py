@@ -10,6 +10,7 @@ from ramlock import __version__, guarantee, vms
 from ramlock.commands.common import (
     emit,
     emit_json,
+    follow_discards_option,
     force_option,
     lock_options,
     one_vm_options,
@@ -36,6 +37,7 @@ def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None
 @click.option("--socket", metavar="PATH", help="Where the shim listens, as the VM's process sees it.")
 @click.option("--allow-uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Another user who may set it.")
 @lock_options
+@follow_discards_option
 @click.option("--wait/--no-wait", default=True, help="Wait until the guarantee is locked (default), or return at once.")
 @click.option(
     "--timeout",
@@ -71,6 +73,7 @@ def command(
     hold_budget: int | None,
     threads: int | None,
     host_reserve: int | None,
+    follow_discards: bool,
     wait: bool,
     timeout: float,
     allow_seccomp: bool,
@@ -98,7 +101,13 @@ def command(
 
     target = which_pid(pid, vm, vms.find_pid)
     options = install.Options(
-        socket, allow_uid, timeout, upgrade, allow_seccomp=allow_seccomp, allow_probable=allow_probable
+        socket,
+        allow_uid,
+        timeout,
+        upgrade,
+        allow_seccomp=allow_seccomp,
+        allow_probable=allow_probable,
+        follow_discards=follow_discards,
     )
     with install.installed(target, options, os.environ) as (found, outcome):
         now: Any = None

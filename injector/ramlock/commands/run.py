@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ramlock.commands.common import SOCKET_PATH, lock_options, read_size
+from ramlock.commands.common import SOCKET_PATH, follow_discards_option, lock_options, read_size
 from ramlock.sizes import Size
 
 
@@ -22,6 +22,7 @@ from ramlock.sizes import Size
 )
 @click.option("--allow-uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Another user who may set it.")
 @lock_options
+@follow_discards_option
 @click.argument("qemu", nargs=-1, required=True, type=click.UNPROCESSED, metavar="QEMU [ARGS]...")
 def command(
     guarantee: Size | None,
@@ -32,6 +33,7 @@ def command(
     hold_budget: int | None,
     threads: int | None,
     host_reserve: int | None,
+    follow_discards: bool,
     qemu: tuple[str, ...],
 ) -> None:
     """Start QEMU with the shim in it.
@@ -57,7 +59,9 @@ def command(
     """
     from ramlock import launch  # takes pyelftools, which --help need not
 
-    options = launch.Options(guarantee, order, prefault, socket, allow_uid, hold_budget, threads, host_reserve)
+    options = launch.Options(
+        guarantee, order, prefault, socket, allow_uid, hold_budget, threads, host_reserve, follow_discards
+    )
     ready = launch.prepare(qemu, options, launch.own_environ(os.environ))
     for warning in ready.warnings:
         click.echo(f"ramlock: {warning}", err=True)
