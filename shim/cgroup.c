@@ -195,33 +195,83 @@ static uint64_t swap_left(const struct cgroup_level *level)
 	return limit > usage ? limit - usage : 0;
 }
 
+static uint64_t reserve_of(uint64_t limit)
+{
+	return limit / 16 > 64 * MIB ? limit / 16 : 64 * MIB;
+}
+
+/* Reads @e and *@limit, which is UINT64_MAX for none. Returns 0 or -errno. */
+static int read_level(const struct cgroup_level *level, uint64_t swap_free, struct evictable *e, uint64_t *inactive_file,
+		      uint64_t *limit)
+{
+	char stat[16384];
+	uint64_t high, usage;
+	int err = read_number(level->limit, limit);
+
+	*e = (struct evictable){ .free = 0 };
+	*inactive_file = 0;
+	if (!err)
+		err = read_number(level->usage, &usage);
+	if (err)
+		return err;
+	if (level->high >= 0 && !read_number(level->high, &high) && high < *limit)
+		*limit = high;
+	if (*limit >= (uint64_t)INT64_MAX / 2) { /* v1 says "none" with a number close to 2^63 */
+		*limit = UINT64_MAX;
+		return 0;
+	}
+	e->free = *limit > usage ? *limit - usage : 0;
+	e->swap = swap_left(level);
+	if (e->swap > swap_free)
+		e->swap = swap_free;
+	if (!smallfile_read(level->stat, stat, sizeof(stat))) {
+		*inactive_file = stat_value(stat, level->v1, "inactive_file");
+		e->file = *inactive_file + stat_value(stat, level->v1, "active_file");
+		e->anon = stat_value(stat, level->v1, "inactive_anon") + stat_value(stat, level->v1, "active_anon");
+	}
+	return 0;
+}
+
 /*
  * What one cgroup leaves: its limit less its usage and a reserve, plus the page cache that the kernel gives up easily,
  * plus half of the anonymous memory that could go to swap.
  */
-static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free)
+static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free, bool of_file)
 {
-	char stat[16384];
-	uint64_t limit, high, usage, left, anon, swap = swap_left(level), reserve;
+	uint64_t limit, left, inactive_file, reserve;
+	struct evictable e;
 
-	if (read_number(level->limit, &limit) || read_number(level->usage, &usage))
+	(void)of_file;
+	if (read_level(level, swap_free, &e, &inactive_file, &limit))
 		return 0;
-	if (level->high >= 0 && !read_number(level->high, &high) && high < limit)
-		limit = high;
-	if (limit >= (uint64_t)INT64_MAX / 2) /* v1 says "none" with a number close to 2^63 */
+	if (limit == UINT64_MAX)
 		return UINT64_MAX;
-	left = limit > usage ? limit - usage : 0;
-	if (!smallfile_read(level->stat, stat, sizeof(stat))) {
-		left += stat_value(stat, level->v1, "inactive_file");
-		anon = stat_value(stat, level->v1, "inactive_anon") + stat_value(stat, level->v1, "active_anon");
-		if (swap > swap_free)
-			swap = swap_free;
-		left += (anon < swap ? anon : swap) / 2;
-	}
+	left = e.free + inactive_file + (e.anon < e.swap ? e.anon : e.swap) / 2;
 	if (left > limit)
 		left = limit;
-	reserve = limit / 16 > 64 * MIB ? limit / 16 : 64 * MIB;
+	reserve = reserve_of(limit);
 	return left > reserve ? left - reserve : 0;
+}
+
+static uint64_t level_pinnable(const struct cgroup_level *level, uint64_t swap_free, bool of_file)
+{
+	uint64_t limit, inactive_file;
+	struct evictable e;
+
+	if (read_level(level, swap_free, &e, &inactive_file, &limit))
+		return 0;
+	return limit == UINT64_MAX ? UINT64_MAX : evictable_pinnable(&e, reserve_of(limit), of_file);
+}
+
+uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of_file)
+{
+	uint64_t swappable = e->anon < e->swap ? e->anon : e->swap;
+	uint64_t left = e->free + e->file + swappable;
+
+	left = left > reserve ? left - reserve : 0;
+	if (of_file)
+		return left;
+	return e->swap ? left + (e->anon - swappable) : UINT64_MAX;
 }
 
 /* Whether the process is still in the cgroups whose files are open. */
@@ -251,19 +301,31 @@ void cgroups_deinit(struct cgroups *c)
 	cgroups_init(c);
 }
 
-uint64_t cgroups_left(struct cgroups *c, uint64_t swap_free)
+/* The least that @ask says of any level; 0 when they cannot be known. */
+static uint64_t tightest(struct cgroups *c, uint64_t swap_free, bool of_file,
+			 uint64_t (*ask)(const struct cgroup_level *, uint64_t, bool))
 {
-	uint64_t left = UINT64_MAX;
+	uint64_t least = UINT64_MAX;
 
 	if (has_moved(c))
 		open_all(c);
 	if (!c->known)
 		return 0;
 	for (unsigned int i = 0; i < c->n_levels; i++) {
-		uint64_t here = level_left(&c->levels[i], swap_free);
+		uint64_t here = ask(&c->levels[i], swap_free, of_file);
 
-		if (here < left)
-			left = here;
+		if (here < least)
+			least = here;
 	}
-	return left;
+	return least;
+}
+
+uint64_t cgroups_left(struct cgroups *c, uint64_t swap_free)
+{
+	return tightest(c, swap_free, false, level_left);
+}
+
+uint64_t cgroups_pinnable(struct cgroups *c, uint64_t swap_free, bool of_file)
+{
+	return tightest(c, swap_free, of_file, level_pinnable);
 }

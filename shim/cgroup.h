@@ -43,4 +43,21 @@ void cgroups_deinit(struct cgroups *c);
  */
 uint64_t cgroups_left(struct cgroups *c, uint64_t swap_free);
 
+/* What can be given up of an amount of memory, in bytes. */
+struct evictable {
+	uint64_t free; /* not used at all */
+	uint64_t file; /* page cache */
+	uint64_t anon; /* memory that swap is needed for, and not locked */
+	uint64_t swap; /* how much of it swap can take */
+};
+
+/*
+ * Bytes of memory that is there and may be locked, so that besides @reserve stays free or can be made so; @of_file: of page
+ * cache. What swap cannot take stays there anyway, and may be locked.
+ */
+uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of_file);
+
+/* The same of the tightest cgroup: UINT64_MAX without a limit, 0 when it cannot be known. */
+uint64_t cgroups_pinnable(struct cgroups *c, uint64_t swap_free, bool of_file);
+
 #endif

@@ -192,6 +192,33 @@ uint64_t headroom_memory(struct headroom *h, const struct headroom_ask *ask, enu
 	return left;
 }
 
+uint64_t headroom_pinnable(struct headroom *h, const struct headroom_ask *ask, bool of_file, enum shortage *why)
+{
+	struct evictable host = { .free = 0 };
+	uint64_t total, left, here, active = 0, inactive = 0, until_ns = atomic_load(&h->lease.until_ns);
+	char text[8192];
+
+	*why = SHORTAGE_HOST_MEMORY;
+	if (!read_meminfo(h, &host.free, &total, &host.swap) || smallfile_read(h->meminfo, text, sizeof(text)))
+		return 0;
+	if (smallfile_value(text, "Active(anon):", 10, &active) || smallfile_value(text, "Inactive(anon):", 10, &inactive))
+		active = inactive = 0;
+	host.anon = (active + inactive) * 1024;
+	left = evictable_pinnable(&host, headroom_reserve(h, ask->reserve), of_file);
+	here = cgroups_pinnable(&h->cgroups, host.swap, of_file);
+	if (!h->cgroups.known || until_ns) {
+		/* What we do not see can take nothing away where nothing can be evicted; else it leaves what we are told. */
+		uint64_t told = host.swap || of_file ? cgroups_allow(h, host.swap, ask->now_ns) : UINT64_MAX;
+
+		here = !h->cgroups.known || told < here ? told : here;
+	}
+	if (here < left) {
+		*why = SHORTAGE_CGROUP;
+		left = here;
+	}
+	return left;
+}
+
 void headroom_explain(const struct headroom *h, enum shortage why, uint64_t left, char *text, size_t size)
 {
 	if (why == SHORTAGE_CGROUP && h->cgroups_unknown)

@@ -88,6 +88,12 @@ struct headroom_ask {
  */
 uint64_t headroom_memory(struct headroom *h, const struct headroom_ask *ask, enum shortage *why);
 
+/*
+ * Bytes of memory that is there already and may be locked: memory that cannot be swapped out any more is not there for
+ * others, and with too much of it the kernel finds nothing to give to QEMU, and kills. @of_file: page cache. @why as above.
+ */
+uint64_t headroom_pinnable(struct headroom *h, const struct headroom_ask *ask, bool of_file, enum shortage *why);
+
 /* @cost bytes are going to be allocated. */
 void headroom_spend(struct headroom *h, uint64_t cost);
 

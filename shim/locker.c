@@ -88,6 +88,7 @@ static void describe(const struct locker *l, struct step *s, const struct ram_bl
 	s->mergeable = b->mergeable;
 	s->host_reserve = l->wish.host_reserve;
 	s->hugetlb = b->backing == BACKING_HUGETLB;
+	s->of_file = b->backing == BACKING_FILE;
 	s->shared = b->shared;
 	s->prefault = l->wish.prefault;
 	s->threads = l->wish.threads;
@@ -429,7 +430,7 @@ static void wait_short(struct locker *l)
 	}
 	l->look_again = false;
 	l->retry_ns = l->retry_ns * 2 < RETRY_MAX_NS ? l->retry_ns * 2 : RETRY_MAX_NS;
-	l->stepper.credit = 0;
+	l->stepper.credit = l->stepper.pin_credit = 0;
 }
 
 void *locker_run(void *arg)

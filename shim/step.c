@@ -133,6 +133,29 @@ static bool afford(struct stepper *st, const struct step *s, uint64_t cost, stru
 	return false;
 }
 
+/* Whether @size bytes that are there may be locked. */
+static bool afford_pin(struct stepper *st, const struct step *s, uint64_t size, struct outcome *o)
+{
+	const struct headroom_ask ask = ask_for(st, s);
+	enum shortage why;
+
+	if (!size)
+		return true;
+	if (size > st->pin_credit || ask.now_ns >= st->pin_until_ns) {
+		uint64_t left = headroom_pinnable(&st->headroom, &ask, s->of_file && s->shared, &why);
+
+		st->pin_credit = left / 8 >= size ? left / 8 : left / 2 >= size ? size : 0;
+		st->pin_until_ns = ask.now_ns + CREDIT_NS;
+		if (!st->pin_credit) {
+			o->shortage = why;
+			headroom_explain(&st->headroom, why, left, o->text, sizeof(o->text));
+			return false;
+		}
+	}
+	st->pin_credit -= size;
+	return true;
+}
+
 /*
  * Bytes of @s that locking will allocate. Only pages that are certainly there cost nothing: pages of our own in anonymous
  * memory, or any in a shared mapping. Being present is not enough: so is the zero page, which a write replaces, and the
@@ -176,6 +199,8 @@ static bool admit(struct stepper *st, const struct step *s, struct outcome *o)
 			return true;
 	}
 	cost = cost_of(st, s);
+	if (s->kind == STEP_LOCK && !afford_pin(st, s, size - cost, o))
+		return false;
 	if (s->kind == STEP_POPULATE)
 		st->owed = st->owed > cost ? st->owed - cost : 0; /* it was asked for when it was armed */
 	if (!afford(st, s, cost, o)) {

@@ -34,6 +34,7 @@ struct step {
 	struct range r;
 	uint64_t page_size; /* bytes, of the block */
 	bool hugetlb;
+	bool of_file; /* page cache, which is given up without swap as long as it is not locked */
 	bool shared; /* a shared mapping: its page cache is the memory itself */
 	bool prefault;
 	bool mergeable; /* QEMU has asked for merging by KSM */
@@ -70,6 +71,8 @@ struct stepper {
 	struct merging merging;
 	uint64_t owed; /* bytes that are armed and absent: the guest will allocate them */
 	uint64_t credit; /* bytes that headroom_memory() granted */
+	uint64_t pin_credit; /* bytes that headroom_pinnable() granted */
+	uint64_t pin_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
 	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */

@@ -15,6 +15,7 @@ from tests.conftest import absent
 from tests.qemu import truth
 from tests.qemu.conftest import Setting, assert_holds, assert_refused, ramlock
 from tests.qemu.guest import GIB, MIB, Guest
+from tests.qemu.pressure import Zram, can_swap
 
 pytestmark = pytest.mark.usefixtures("root", "lockable")
 
@@ -204,4 +205,19 @@ def test_few_mappings_are_left(setting: Setting) -> None:
         short = guest.guarantee(64 * MIB)
         assert short["short"]["reason"] == "map-count", short
         assert truth.vm_lck(guest.pid) == 0
+        guest.check_unharmed()
+
+
+@pytest.mark.skipif(not can_swap(), reason="no zram, or not root")
+def test_what_can_be_swapped_out_is_not_all_locked(cgroup: Cgroup) -> None:
+    """To lock what is there allocates nothing, but a cgroup in which nothing can be swapped out any more is killed."""
+    with Zram(2 * GIB), Guest(boot=True, memory=768 * MIB, prepare=cgroup.prepare) as guest:
+        (cgroup.path / "memory.limit_in_bytes").write_text(str(300 * MIB))  # and as much swap as there is
+        guest.agent.ask(f"touch {400 * MIB}")
+        for prefault in (False, True):
+            held = guest.guarantee(768 * MIB, prefault=prefault, threads=4)
+            assert held["short"]["reason"] == "cgroup"
+            assert guest.agent.ask("verify")  # it swaps through what is left
+        assert 128 * MIB < held["locked"] <= (300 - 48) * MIB
+        assert cgroup.kills() == 0
         guest.check_unharmed()

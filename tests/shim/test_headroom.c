@@ -155,6 +155,53 @@ static void version_one_counts_the_children(void)
 	end();
 }
 
+static uint64_t pinnable(bool of_file, enum shortage *why)
+{
+	uint64_t bytes;
+
+	headroom_init(&h);
+	headroom_open(&h, root);
+	bytes = headroom_pinnable(&h, &ask, of_file, why);
+	headroom_deinit(&h);
+	return bytes;
+}
+
+static void what_can_be_evicted_is_not_all_locked(void)
+{
+	enum shortage why;
+
+	begin();
+	put("proc/self/mountinfo", v2_mount, "/");
+	put("proc/self/cgroup", "0::/vm\n");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
+	put_v2("sys/fs/cgroup/vm", 1024, 1000);
+	put("sys/fs/cgroup/vm/memory.stat", "inactive_anon %lld\nactive_anon %lld\ninactive_file %lld\nactive_file %lld\n",
+	    300 * (long long)MIB, 400 * (long long)MIB, 10 * (long long)MIB, 20 * (long long)MIB);
+	/* Without swap it stays there, locked or not; page cache does not. */
+	CHECK_EQ(pinnable(false, &why), UINT64_MAX);
+	CHECK_EQ(pinnable(true, &why), 0);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	/* With swap for 200 MiB of it, 500 stay there anyway, and of the 200 as much as leaves the reserve. */
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapFree: %d kB\nActive(anon): %d kB\nInactive(anon): 0 kB\n", 64 << 20, 8 << 20,
+	    8 << 20, 1 << 20);
+	put("sys/fs/cgroup/vm/memory.swap.max", "%lld\n", 300 * (long long)MIB);
+	put("sys/fs/cgroup/vm/memory.swap.current", "%lld\n", 100 * (long long)MIB);
+	CHECK_EQ(pinnable(false, &why), (500 + 24 + 30 + 200 - 64) * MIB);
+	CHECK_EQ(pinnable(true, &why), (24 + 30 + 200 - 64) * MIB);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	/* The host: 400 MiB are available, 2 % of 64 GiB are kept, and 1 GiB can go to swap. */
+	put("sys/fs/cgroup/vm/memory.max", "max\n");
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapFree: %d kB\nActive(anon): %d kB\nInactive(anon): 0 kB\n", 64 << 20, 400 << 10,
+	    8 << 20, 1 << 20);
+	CHECK_EQ(pinnable(false, &why), 400 * MIB + 1024 * MIB - 64 * 1024 * MIB / 50);
+	CHECK_EQ(why, SHORTAGE_HOST_MEMORY);
+	/* Who knows what cannot be seen? */
+	put("proc/self/cgroup", "0::/elsewhere/../vm\n");
+	CHECK_EQ(pinnable(false, &why), 0);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	end();
+}
+
 static void a_container_sees_its_part_of_the_tree(void)
 {
 	enum shortage why;
@@ -347,7 +394,8 @@ static void this_machine_can_be_read(void)
 }
 
 CHECK_MAIN(CASE(the_host_keeps_a_reserve), CASE(what_cannot_be_read_is_not_there), CASE(the_tightest_ancestor_counts),
-	   CASE(version_one_counts_the_children), CASE(a_container_sees_its_part_of_the_tree),
+	   CASE(version_one_counts_the_children), CASE(what_can_be_evicted_is_not_all_locked),
+	   CASE(a_container_sees_its_part_of_the_tree),
 	   CASE(a_move_to_another_cgroup_is_noticed), CASE(the_locked_memory_limit),
 	   CASE(a_controller_tells_what_cannot_be_seen), CASE(mappings_run_out_before_the_kernel_says_so),
 	   CASE(devices_of_the_host_are_noticed), CASE(this_machine_can_be_read))
