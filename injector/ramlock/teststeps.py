@@ -1,4 +1,4 @@
-"""The places of an injection where a test may kill the controller, to prove that the VM survives it there."""
+"""The places of an injection where a test may kill the controller, to prove that the VM survives it there, or stop it."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
@@ -31,9 +31,12 @@ STEPS = (
 """In the order in which an injection passes them."""
 
 _KILL_AT = os.environ.get("RAMLOCK_TEST_KILL_AT")
+_STOP_AT = os.environ.get("RAMLOCK_TEST_STOP_AT")
 
 
 def step(name: str) -> None:
-    """Pass the place `name`: where RAMLOCK_TEST_KILL_AT says so, die as by kill -9."""
+    """Pass the place `name`: where RAMLOCK_TEST_KILL_AT says so, die as by kill -9; where ..._STOP_AT does, stop."""
     if name == _KILL_AT:
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == _STOP_AT:
+        os.kill(os.getpid(), signal.SIGSTOP)

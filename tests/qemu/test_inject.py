@@ -288,6 +288,38 @@ def test_killed_at_every_step_with_a_memory_file() -> None:
             check_next(guest)
 
 
+def test_the_vm_ends_meanwhile() -> None:
+    """At any step: a plain error that says so, and nothing is left behind."""
+    steps = [step for step in STEPS if listed(step) and step != "end"]
+    for step in steps:
+        with Guest(how="plain", memory=16 * MIB) as guest:
+            command = [str(ROOT / ".venv/bin/ramlock"), "inject", "--pid", str(guest.pid), "--guarantee", "1M"]
+            env = {**os.environ, "RAMLOCK_TEST_STOP_AT": step}
+            process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            try:
+                wait_stopped(process)
+                os.kill(guest.pid, signal.SIGKILL)
+                process.send_signal(signal.SIGCONT)
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+                process.wait(30)
+            assert process.returncode == 6, (step, out, err)
+            assert err.count("\n") <= 2, (step, err)
+            assert "Traceback" not in err
+            guest.kill()
+            # Of what the VM leaves when it is killed, the socket is its own.
+            assert {path.name for path in Path("/run/ramlock").glob(f"{guest.pid}*")} <= {f"{guest.pid}.sock"}, step
+
+
+def wait_stopped(process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not truth.status(process.pid, "State").startswith("T"):
+        assert process.poll() is None, "the step was never passed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_killed_at_random(need: Need) -> None:
     """At some instants between the steps too."""
     with Guest(how="plain") as guest:
