@@ -3,7 +3,7 @@
  * Guest RAM as the controller says it is, and what this process knows against it.
  *
  * QEMU maps every RAM block in one piece, readable and writable, not executable, and puts a page without any rights
- * behind it (util/mmap-alloc.c, 4.2 to 10.2); anonymous blocks begin at a multiple of 2 MiB. The heap, stacks and the data of
+ * behind it (util/mmap-alloc.c, 4.2 to 11.1); anonymous blocks begin at a multiple of 2 MiB. The heap, stacks and the data of
  * libraries do not look like that, and are refused by name or by what the loader knows besides.
  */
 #include "pushed.h"

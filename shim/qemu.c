@@ -6,7 +6,7 @@
  * thread, where the big lock is held; the one exception is the scheduling of such a bottom half, which QEMU allows
  * from any thread. Nothing here depends on a structure's layout except RAMBlockNotifier, see there.
  *
- * Prototypes are those of QEMU 4.2 to 10.2 (include/exec/cpu-common.h, include/exec/ramblock.h, include/block/aio.h,
+ * Prototypes are those of QEMU 4.2 to 11.1 (include/exec/cpu-common.h, include/exec/ramblock.h, include/block/aio.h,
  * include/sysemu/hostmem.h, include/qom/object.h). Functions that return bool are declared _Bool: a bool's upper bits
  * are garbage in the ABI.
  */

@@ -3,7 +3,7 @@
  * virtio-mem: which of its memory is plugged.
  *
  * QEMU tells by calling back with a struct MemoryRegionSection for each plugged part (include/exec/memory.h, the same from 6.1,
- * where these functions came, to 10.2). A wrong one would end QEMU in an assertion, so QEMU itself is first asked for a
+ * where these functions came, to 11.1). A wrong one would end QEMU in an assertion, so QEMU itself is first asked for a
  * section whose contents are known, and nothing is done unless it looks as it should.
  */
 #include "virtio_mem.h"

@@ -1,6 +1,6 @@
 """QEMU's own list of RAM blocks, read in its memory: which blocks there are, and which of them are guest RAM.
 
-The list is QEMU's variable `ram_list`. Its form (struct RAMBlock, QEMU's include/exec/ramblock.h, 4.2 to 10.2) is not
+The list is QEMU's variable `ram_list`. Its form (struct RAMBlock, QEMU's include/exec/ramblock.h, 4.2 to 11.1) is not
 promised by anyone, so every field is checked before it is believed: where the list begins is found by the back pointer
 of its first block, each block points back to the one before, names are text, and the memory is mapped. QEMU runs on
 while we read: a list that changes meanwhile makes no sense, and is read again.

@@ -1,4 +1,4 @@
-"""The places of an injection where a test may kill the controller, to prove that the VM survives it there, or stop it."""
+"""The places of an injection where a test may kill or stop the controller, to prove that the VM survives it there."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
