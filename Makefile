@@ -156,7 +156,7 @@ install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
 	@rm -rf '$(DESTDIR)$(LIB)/python/bin' '$(DESTDIR)$(LIB)'/python/ramlock-*.dist-info/direct_url.json
 	@ln -sf ../../ramlock.so '$(DESTDIR)$(LIB)/python/ramlock/ramlock.so'
 	@printf '%s\n' "#!$$($(PYTHON_BIN) -c 'import sys; print(sys._base_executable)')" '# The ramlock command.' \
-		'import sys' 'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.commands import main' 'sys.exit(main())' \
+		'import sys' 'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.__main__ import main' 'main()' \
 		>'$(DESTDIR)$(PREFIX)/bin/ramlock'
 	@chmod 0755 '$(DESTDIR)$(PREFIX)/bin/ramlock'
 	@echo 'installed $(DESTDIR)$(PREFIX)/bin/ramlock and $(DESTDIR)$(LIB)/ramlock.so'

@@ -26,6 +26,8 @@
 
 enum {
 	ANONYMOUS_ALIGN = 2 << 20,
+	ARENA = 64 << 20, /* HEAP_MAX_SIZE of glibc's malloc(): so much, aligned to as much, for the threads' memory */
+	GUARD = 4096,
 	DESCRIPTORS_MOST = 1 << 16,
 	TASKS_MOST = 4096,
 };
@@ -120,10 +122,12 @@ bool judge_mapping(const struct mapping *m, void *judge)
 
 		if (e->wrong)
 			continue;
-		if (m->r.end > e->reached && m->r.start < l->v[i].host.end)
+		if (m->r.end > e->reached && m->r.start < l->v[i].host.end) {
 			judge_part(&l->v[i], e, m);
-		else if (m->r.start == l->v[i].host.end)
-			e->guarded = begins(m->permissions, "---");
+		} else if (m->r.start == l->v[i].host.end && begins(m->permissions, "---")) {
+			e->guarded = true;
+			e->arena = m->r.end % ARENA == 0 && range_size(m->r) > GUARD && l->v[i].host.start >= m->r.end - ARENA;
+		}
 	}
 	return j->at < l->n;
 }
@@ -140,6 +144,8 @@ void judge_end(struct judge *j)
 			e->wrong = "is not mapped as a whole";
 		else if (!e->guarded)
 			e->wrong = "is not followed by a page without any rights, as QEMU's guest RAM is";
+		else if (e->backing == BACKING_ANONYMOUS && !e->shared && e->arena)
+			e->wrong = "is what malloc() keeps for a thread";
 		else if (e->backing == BACKING_ANONYMOUS && b->host.start % ANONYMOUS_ALIGN)
 			e->wrong = "does not begin at a multiple of 2 MiB, as QEMU's guest RAM does";
 	}

@@ -19,6 +19,7 @@ struct evidence {
 	const char *wrong; /* what does not fit; NULL: nothing so far */
 	uint64_t reached; /* so far mapped from the start of the block without a hole */
 	bool guarded; /* a mapping without any rights follows, as QEMU puts one behind guest RAM */
+	bool arena; /* it is followed as the part in use of a malloc() arena is */
 	bool shared;
 	enum backing backing; /* BACKING_FILE stands for SHMEM and HUGETLB too */
 	uint64_t device, inode; /* of its file, 0 without one */

@@ -264,6 +264,16 @@ static void explain_errno(struct stepper *st, int err, const struct step *s, con
 		explain_rlimit(o, limit);
 		return;
 	}
+	if (s->hugetlb && (err == ENOMEM || err == EFAULT)) { /* mlock2() allocates them too, and splits no mapping */
+		o->shortage = SHORTAGE_KERNEL;
+		snprintf(o->text, sizeof(o->text), "no more huge pages of %" PRIu64 " KiB are free for QEMU", s->page_size / 1024);
+		return;
+	}
+	if (s->shared && err == EFAULT) { /* where a guest that writes would be killed (SIGBUS) */
+		o->shortage = SHORTAGE_KERNEL;
+		snprintf(o->text, sizeof(o->text), "the file or file system of guest RAM has no more room");
+		return;
+	}
 	o->shortage = err == ENOMEM ? SHORTAGE_MAP_COUNT : SHORTAGE_KERNEL;
 	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -190,7 +191,7 @@ def test_the_hosts_reserve_and_who_holds_what() -> None:
 def test_memory_bound_to_a_node() -> None:
     """With policy=bind the node is asked too, and the guarantee is held."""
     backend = "memory-backend-ram,id=ram0,size=256M,host-nodes=0,policy=bind"
-    with Guest(memory=256 * MIB, machine="pc,memory-backend=ram0", args=["-object", backend]) as guest:
+    with Guest(memory=256 * MIB, machine="pc,memory-backend=ram0", args=["-S", "-object", backend]) as guest:
         guest.guarantee(128 * MIB)
         assert guest.query()["locked"] == 128 * MIB
         assert truth.vm_lck(guest.pid) == 128 * MIB
@@ -221,3 +222,28 @@ def test_what_can_be_swapped_out_is_not_all_locked(cgroup: Cgroup) -> None:
         assert 128 * MIB < held["locked"] <= (300 - 48) * MIB
         assert cgroup.kills() == 0
         guest.check_unharmed()
+
+
+def test_memory_files_without_room(setting: Setting, tmp_path: Path) -> None:
+    """Huge pages that nobody set aside, and a file system that is full: short, and the VM goes on."""
+    pages = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+    if not Path(pages).exists():
+        absent("this kernel has no huge pages of 2 MiB")
+    setting(pages, str(int(Path(pages).read_text()) + 8))
+    few = "memory-backend-memfd,id=m,size=64M,hugetlb=on,hugetlbsize=2M,reserve=off"
+    full = f"memory-backend-file,id=m,size=64M,share=on,mem-path={tmp_path}/ram"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "ramlock-test", tmp_path], check=True)
+    try:
+        for backend, says in ((few, "no more huge pages of 2048 KiB"), (full, "no more room")):
+            with Guest(memory=64 * MIB, machine="pc,memory-backend=m", args=["-S", "-object", backend]) as guest:
+                for prefault in (True, False):
+                    held = guest.guarantee(64 * MIB, threads=4, prefault=prefault)
+                    if held["state"] == "short":
+                        assert says in held["short"]["desc"]
+                    else:
+                        assert (backend, prefault) == (full, False)  # nothing is allocated for it
+                    assert held["locked"] <= 16 * MIB
+                assert guest.guarantee(0)["locked"] == 0
+                assert guest.monitor.execute("query-status")["status"] == "prelaunch"
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -86,6 +86,7 @@ static void what_does_not(void)
 		{ ONE "600000-b00000 rw-p 0 0:0 0\n", "any rights" },
 		{ ONE "600000-a00000 rw-p 0 0:0 0\na00000-a01000 rw-p 0 0:0 0\n", "any rights" },
 		{ ONE "600000-a00000 rw-p 0 0:0 0\na01000-a02000 ---p 0 0:0 0\n", "any rights" },
+		{ ONE "600000-a00000 rw-p 0 0:0 0\na00000-4000000 ---p 0 0:0 0\n", "malloc()" },
 		{ ONE "600000-a00000 rw-p 0 0:0 0 [heap]\na00000-a01000 ---p 0 0:0 0\n", "made of" },
 		{ ONE "600000-a00000 rw-p 0 0:0 0 [stack]\na00000-a01000 ---p 0 0:0 0\n", "made of" },
 		{ ONE "600000-a00000 rw-p 0 0:0 0 [anon: glibc: malloc]\na00000-a01000 ---p 0 0:0 0\n", "made of" },

@@ -95,6 +95,19 @@ def test_help_loads_no_verb() -> None:
     assert out.splitlines()[-2:] == ["[]", "[]"]
 
 
+def test_ctrl_c_while_libraries_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "ramlock", "status"]
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines() == ["ramlock: interrupted before anything was changed", "hint: run it again"]
+
+
 def test_status_loads_neither_rich_nor_elftools(serve: Serve) -> None:
     code = (
         "import sys; from ramlock import commands; commands._run(['status', '--socket', sys.argv[1]])\n"
