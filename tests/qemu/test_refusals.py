@@ -67,7 +67,7 @@ def test_sizes(guest: Guest, words: list[str], code: int) -> None:
 
 
 def test_more_than_any_machine_has(guest: Guest) -> None:
-    assert_refused(ramlock("set", 10**30, "--pid", guest.pid), USAGE, REFUSED)
+    assert_refused(ramlock("set", 10**30, "--pid", guest.pid), USAGE)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_two_of_one_name() -> None:
     args = ["-name", "twin"]
     with Guest(memory=64 * MIB, args=args) as one, Guest(memory=64 * MIB, args=args) as two:
         result = ramlock("set", "32M", "--vm", "twin")
-        assert_refused(result, USAGE, FAILED, REFUSED, NOT_FOUND)
+        assert_refused(result, REFUSED)
         assert str(one.pid) in result.stderr
         assert str(two.pid) in result.stderr
         assert truth.vm_lck(one.pid) == truth.vm_lck(two.pid) == 0
@@ -189,8 +189,8 @@ def test_a_socket_that_says_nothing(tmp_path: Path) -> None:
         server.bind(str(tmp_path / "mute"))
         server.listen()
         result = ramlock("set", "32M", "--socket", tmp_path / "mute", "--timeout", "2", timeout=60)
-    assert result.returncode in (FAILED, TIMED_OUT, NOT_FOUND), result.stderr
-    assert "Traceback" not in result.stderr
+    assert_refused(result, FAILED)
+    assert "does not answer" in result.stderr
 
 
 def test_a_file_and_nothing_instead_of_a_socket(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_unprivileged_with_a_small_limit() -> None:
         assert small.query()["memlock-limit"] == LIMIT
         small.guarantee(4 * MIB)
         result = nobodys_ramlock("set", "64M", "--pid", small.pid)
-        assert_refused(result, REFUSED, NO_PERMISSION)
+        assert_refused(result, NO_PERMISSION)
         assert "limit" in result.stderr.lower()
         with small.shim() as shim, pytest.raises(MonitorError, match=r"^GenericError: \[rlimit\]"):
             shim.execute("set_ram_minguarantee", {"size": 64 * MIB})
