@@ -436,6 +436,7 @@ static void serve(struct control *c, struct client *client, uint32_t events)
 void control_wait(struct control *c, int timeout_ms)
 {
 	struct epoll_event ready[CLIENTS_MAX + 2];
+	bool knocked = false;
 	uint64_t count;
 	int n;
 
@@ -453,11 +454,14 @@ void control_wait(struct control *c, int timeout_ms)
 			if (read(c->wake, &count, sizeof(count)) < 0)
 				continue;
 		} else if (ready[i].data.ptr == &c->listener) {
-			accept_client(c);
+			knocked = true;
 		} else {
 			serve(c, ready[i].data.ptr, ready[i].events);
 		}
 	}
+	/* Last: it may take the place of a client that there are events for in this round, which are not the new one's. */
+	if (knocked)
+		accept_client(c);
 }
 
 void control_event(void *opaque, const char *name, struct json_object *data)
