@@ -2,9 +2,10 @@
 /* What the kernel says about locked memory. */
 #include "audit.h"
 
+#include "pagemap.h"
+
 #include <assert.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -22,36 +23,23 @@ const char *loss_name(enum loss loss)
 	return loss_names[loss];
 }
 
-/* The ioctl PAGEMAP_SCAN (Linux 6.7, Documentation/admin-guide/mm/pagemap.rst), for which there may be no header yet. */
-struct scan_region {
-	uint64_t start, end, categories;
-};
-
-struct scan {
-	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-	uint64_t inverted, mask, anyof_mask, return_mask;
-};
-
-static const unsigned long SCAN = _IOWR('f', 16, struct scan);
-static const uint64_t SCAN_PRESENT = 1 << 3;
-
 /* Adds to *@absent what is absent in @r. Returns false when this kernel cannot tell in this way. */
 static bool scan_absent(int pagemap, struct range r, uint64_t *absent)
 {
-	struct scan_region found[REGIONS];
+	struct pagemap_region found[REGIONS];
 
 	while (r.start < r.end) {
-		struct scan scan = {
+		struct pagemap_scan scan = {
 			.size = sizeof(scan),
 			.start = r.start,
 			.end = r.end,
 			.vec = (uintptr_t)found,
 			.vec_len = REGIONS,
-			.inverted = SCAN_PRESENT,
-			.mask = SCAN_PRESENT,
-			.return_mask = SCAN_PRESENT,
+			.category_inverted = CATEGORY_PRESENT,
+			.category_mask = CATEGORY_PRESENT,
+			.return_mask = CATEGORY_PRESENT,
 		};
-		int n = ioctl(pagemap, SCAN, &scan);
+		int n = ioctl(pagemap, PAGEMAP_SCAN_CALL, &scan);
 
 		if (n < 0 || scan.walk_end <= r.start)
 			return false;
@@ -91,8 +79,6 @@ static uint64_t count_entries(int pagemap, struct range r, uint64_t mask, uint64
 	return sum;
 }
 
-static const uint64_t PRESENT = 1ULL << 63, FILE_OR_SHARED = 1ULL << 61, EXCLUSIVE = 1ULL << 56;
-
 static uint64_t mincore_absent(struct range r)
 {
 	unsigned char vec[ENTRIES];
@@ -119,15 +105,26 @@ uint64_t audit_absent(int pagemap, struct range r)
 		return mincore_absent(r);
 	if (scan_absent(pagemap, r, &absent))
 		return absent;
-	absent = count_entries(pagemap, r, PRESENT, 0, &failed);
+	absent = count_entries(pagemap, r, PAGEMAP_PRESENT, 0, &failed);
 	return failed ? mincore_absent(r) : absent;
+}
+
+uint64_t audit_owned(int pagemap, struct range r, bool shared)
+{
+	const uint64_t mask = PAGEMAP_PRESENT | (shared ? 0 : PAGEMAP_FILE_OR_SHARED | PAGEMAP_EXCLUSIVE);
+	const uint64_t value = PAGEMAP_PRESENT | (shared ? 0 : PAGEMAP_EXCLUSIVE);
+	bool failed = false;
+	uint64_t owned = count_entries(pagemap, r, mask, value, &failed);
+
+	return failed ? 0 : owned;
 }
 
 uint64_t audit_merged(int pagemap, struct range r)
 {
 	bool failed = false;
+	const uint64_t mask = PAGEMAP_PRESENT | PAGEMAP_FILE_OR_SHARED | PAGEMAP_EXCLUSIVE;
 
-	return pagemap < 0 ? 0 : count_entries(pagemap, r, PRESENT | FILE_OR_SHARED | EXCLUSIVE, PRESENT, &failed);
+	return pagemap < 0 ? 0 : count_entries(pagemap, r, mask, PAGEMAP_PRESENT, &failed);
 }
 
 bool audit_next_present(int pagemap, struct range r, struct range *run)
@@ -139,7 +136,7 @@ bool audit_next_present(int pagemap, struct range r, struct range *run)
 		size_t n = read_entries(pagemap, r, entries);
 
 		for (size_t i = 0; i < n; i++) {
-			bool present = entries[i] & PRESENT;
+			bool present = entries[i] & PAGEMAP_PRESENT;
 
 			if (present && !open)
 				run->start = r.start + i * PAGE;

@@ -27,6 +27,12 @@ uint64_t audit_absent(int pagemap, struct range r);
 /* The first run of pages of @r that are in memory and mapped here. Returns false when there is none, or no telling. */
 bool audit_next_present(int pagemap, struct range r, struct range *run);
 
+/*
+ * Bytes of @r that are there for good, so that a write allocates nothing: in a @shared mapping all that is there, else what
+ * is anonymous and mapped here alone. 0 when @pagemap cannot be read.
+ */
+uint64_t audit_owned(int pagemap, struct range r, bool shared);
+
 /* Bytes of @r, in a private anonymous mapping, that are there and shared with others. Without @pagemap none is seen. */
 uint64_t audit_merged(int pagemap, struct range r);
 

@@ -2,32 +2,19 @@
 /* Which pages of this process are in memory. */
 #include "residency.h"
 
+#include "pagemap.h"
+
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 
 enum { PAGE = 4096, RUNS = 64 };
 static const uint64_t PIECE = 64 << 20;
 
-/* PAGEMAP_SCAN of Linux 6.7 (Documentation/admin-guide/mm/pagemap.rst), which older headers lack. */
-enum { CATEGORY_PRESENT = 1 << 3, CATEGORY_SWAPPED = 1 << 4, CATEGORY_ZERO = 1 << 5 };
-
-struct scan {
-	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-
-struct region {
-	uint64_t start, end, categories;
-};
-
-#define SCAN _IOWR('f', 16, struct scan)
-
 /* Returns how many runs there are, or -1 when the kernel does not know this. */
 static int scan(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max, uint64_t *upto)
 {
-	struct region v[RUNS];
-	struct scan s = {
+	struct pagemap_region v[RUNS];
+	struct pagemap_scan s = {
 		.size = sizeof(s),
 		.start = r.start,
 		.end = r.end,
@@ -44,7 +31,7 @@ static int scan(int pagemap, enum residency_kind kind, struct range r, struct ra
 	} else {
 		s.category_mask = s.return_mask = CATEGORY_SWAPPED;
 	}
-	n = pagemap < 0 ? -1 : ioctl(pagemap, SCAN, &s);
+	n = pagemap < 0 ? -1 : ioctl(pagemap, PAGEMAP_SCAN_CALL, &s);
 	if (n < 0 || s.walk_end <= r.start)
 		return -1;
 	for (int i = 0; i < n; i++)

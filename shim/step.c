@@ -12,6 +12,7 @@
  */
 #include "step.h"
 
+#include "audit.h"
 #include "clock.h"
 #include "fd.h"
 #include "residency.h"
@@ -159,31 +160,15 @@ static bool afford_pin(struct stepper *st, const struct step *s, uint64_t size, 
 /*
  * Bytes of @s that locking will allocate. Only pages that are certainly there cost nothing: pages of our own in anonymous
  * memory, or any in a shared mapping. Being present is not enough: so is the zero page, which a write replaces, and the
- * page cache under a private mapping, which a write copies. The bits are those of /proc/PID/pagemap
- * (Documentation/admin-guide/mm/pagemap.rst); all but the frame number can be read without privilege.
+ * page cache under a private mapping, which a write copies.
  */
 static uint64_t cost_of(const struct stepper *st, const struct step *s)
 {
-	const uint64_t present = 1ULL << 63, file = 1ULL << 61, exclusive = 1ULL << 56;
-	uint64_t entries[512], cost = range_size(s->r);
+	uint64_t size = range_size(s->r);
 
-	if (cost > PACER_CHUNK_MAX)
-		return cost; /* it is as long as that because next to nothing is there, see size_lock() */
-	for (uint64_t at = s->r.start; at < s->r.end;) {
-		size_t pages = (size_t)((s->r.end - at) / PAGE);
-		size_t want = (pages < 512 ? pages : 512) * sizeof(entries[0]);
-
-		if (pread(st->pagemap, entries, want, (off_t)(at / PAGE * sizeof(entries[0]))) != (ssize_t)want)
-			return range_size(s->r);
-		for (size_t i = 0; i < want / sizeof(entries[0]); i++) {
-			bool there = entries[i] & present;
-
-			if (there && (s->shared || (!(entries[i] & file) && (entries[i] & exclusive))))
-				cost -= PAGE;
-		}
-		at += want / sizeof(entries[0]) * PAGE;
-	}
-	return cost;
+	if (size > PACER_CHUNK_MAX)
+		return size; /* it is as long as that because next to nothing is there, see size_lock() */
+	return size - audit_owned(st->pagemap, s->r, s->shared);
 }
 
 /* Whether @s may be taken as it is. */
