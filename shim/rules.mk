@@ -3,6 +3,7 @@
 
 SHIM          := injector/ramlock/ramlock.so
 SHIM_BUILD    := build/shim
+JOBS          ?= $(shell nproc)
 SHIM_VERSION  := $(shell sed -n 's/^__version__.*"\([^"]*\)".*/\1/p' injector/ramlock/__init__.py 2>/dev/null)
 SHIM_SOURCES  := $(wildcard shim/*.c)
 SHIM_OBJECTS  := $(SHIM_SOURCES:shim/%.c=$(SHIM_BUILD)/%.o) $(SHIM_BUILD)/trampoline.o
@@ -36,18 +37,31 @@ $(SHIM_BUILD)/%.o: shim/%.S shim/rules.mk | $(SHIM_BUILD)
 SHIM_TEST_SOURCES := $(wildcard tests/shim/test_*.c)
 SHIM_TESTS        := $(SHIM_TEST_SOURCES:tests/shim/%.c=$(SHIM_BUILD)/tests/%)
 SHIM_TEST_UNITS   := $(filter-out shim/shim.c shim/look.c shim/glibc.c,$(SHIM_SOURCES))
-SHIM_SANITIZE     := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SHIM_TEST_OBJECTS := $(SHIM_TEST_UNITS:shim/%.c=$(SHIM_BUILD)/sanitized/%.o)
+SHIM_TEST_CFLAGS  := $(filter-out -O2,$(SHIM_CFLAGS)) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
+                     -fno-omit-frame-pointer -Ishim
 
-test-shim: $(SHIM_TESTS) ## Run the shim's C units under ASan and UBSan
+.PHONY: shim-tests
+shim-tests: $(SHIM_TESTS)
+
+test-shim: ## Run the shim's C units under ASan and UBSan
+	@+$(MAKE) --silent --jobs=$(JOBS) shim-tests
 	@set -e; for t in $(SHIM_TESTS); do $$t; done
 
-$(SHIM_BUILD)/tests/%: tests/shim/%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_UNITS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
-	$(CC) $(filter-out -O2,$(SHIM_CFLAGS)) -O1 $(SHIM_SANITIZE) -Wl,-z,relro,-z,now -Ishim -o $@ $< $(SHIM_TEST_UNITS) $(JSONC_LIBS) -lpthread -ldl
+$(SHIM_BUILD)/tests/%: tests/shim/%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_OBJECTS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
+	$(CC) $(SHIM_TEST_CFLAGS) -Wl,-z,relro,-z,now -o $@ $< $(SHIM_TEST_OBJECTS) $(JSONC_LIBS) -lpthread -ldl
+
+$(SHIM_BUILD)/sanitized/%.o: shim/%.c shim/rules.mk injector/ramlock/__init__.py | $(SHIM_BUILD)/sanitized
+	$(CC) $(SHIM_TEST_CFLAGS) -MMD -MP -c -o $@ $<
 
 lint-shim: ## Compile the shim with every warning and gcc's analyzer as errors
-	@for f in $(SHIM_SOURCES); do $(CC) $(SHIM_CFLAGS) $(SHIM_ONLY) -fanalyzer -c -o /dev/null $$f || exit 1; done
+	@+$(MAKE) --silent --jobs=$(JOBS) $(SHIM_SOURCES:shim/%.c=$(SHIM_BUILD)/linted/%)
 
-$(SHIM_BUILD) $(SHIM_BUILD)/tests:
+$(SHIM_BUILD)/linted/%: shim/%.c shim/rules.mk injector/ramlock/__init__.py | $(SHIM_BUILD)/linted
+	$(CC) $(SHIM_CFLAGS) $(SHIM_ONLY) -fanalyzer -MMD -MP -MF $@.d -MT $@ -c -o /dev/null $<
+	touch $@
+
+$(SHIM_BUILD) $(SHIM_BUILD)/tests $(SHIM_BUILD)/sanitized $(SHIM_BUILD)/linted:
 	mkdir -p $@
 
--include $(SHIM_OBJECTS:.o=.d)
+-include $(SHIM_OBJECTS:.o=.d) $(SHIM_TEST_OBJECTS:.o=.d) $(SHIM_SOURCES:shim/%.c=$(SHIM_BUILD)/linted/%.d)
