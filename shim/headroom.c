@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 static const uint64_t MIB = 1 << 20;
+static const uint64_t ASKED_LEAST = 128 << 20;
 static const uint64_t MAP_COUNT_USUAL = 65530; /* the kernel's own choice */
 
 static const char *const shortage_names[] = {
@@ -140,8 +141,8 @@ bool headroom_has_vfio(const char *root)
 
 uint64_t headroom_reserve(const struct headroom *h, uint64_t asked)
 {
-	if (asked)
-		return asked;
+	if (asked) /* whoever may ask must not have the kernel kill others for it */
+		return asked > ASKED_LEAST ? asked : ASKED_LEAST;
 	return h->total / 50 > 512 * MIB ? h->total / 50 : 512 * MIB;
 }
 

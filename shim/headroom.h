@@ -69,7 +69,7 @@ uint64_t headroom_memlock_limit(const struct headroom *h);
 /* Whether the process has a VFIO device or an iommufd open, which pins guest RAM on account of RLIMIT_MEMLOCK. */
 bool headroom_has_vfio(const char *root);
 
-/* What the host keeps, when @asked for is 0: the larger of 512 MiB and 2 %. */
+/* What the host keeps: what is @asked for, but 128 MiB at least; for 0 the larger of 512 MiB and 2 %. */
 uint64_t headroom_reserve(const struct headroom *h, uint64_t asked);
 
 /* @left bytes may be allocated in the cgroups until @until_ns, as the controller sees it. */

@@ -19,6 +19,8 @@ SLACK = 16 << 20
 _VFIO = ("/dev/vfio/", "/dev/iommu", "anon_inode:[vfio", "anon_inode:kvm-vfio", "anon_inode:[iommufd")
 VFIO_SLACK = 1 << 30
 """Bytes besides guest RAM that devices of the host may have pinned on account of RLIMIT_MEMLOCK."""
+ASKED_LEAST = 128 << 20
+"""Bytes that the host keeps, whatever was asked: with nothing left the kernel kills, and perhaps a VM."""
 RESERVE_LEAST = 512 << 20
 """Bytes that the host keeps at least, unless the user says otherwise; the shim's shim/headroom.c says the same."""
 
@@ -53,7 +55,7 @@ def memory(proc: Path = procfs.PROC) -> MemoryFacts | None:
 
 def reserve(total: int, asked: int | None) -> int:
     """Return the bytes that the host of `total` bytes keeps; `asked` is the user's word, None or 0 the default."""
-    return asked or max(RESERVE_LEAST, total // 50)
+    return max(asked, ASKED_LEAST) if asked else max(RESERVE_LEAST, total // 50)
 
 
 def has_vfio(pid: int, proc: Path = procfs.PROC) -> bool:

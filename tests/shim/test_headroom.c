@@ -65,7 +65,8 @@ static void the_host_keeps_a_reserve(void)
 	headroom_init(&h);
 	headroom_open(&h, root);
 	CHECK_EQ(headroom_reserve(&h, 0), 512 * MIB); /* 2 % of 8 GiB is less */
-	CHECK_EQ(headroom_reserve(&h, MIB), MIB);
+	CHECK_EQ(headroom_reserve(&h, 700 * MIB), 700 * MIB);
+	CHECK_EQ(headroom_reserve(&h, 1), 128 * MIB); /* so that nobody can have the host killed */
 	headroom_deinit(&h);
 	end();
 }

@@ -91,3 +91,9 @@ def test_capability_after_exec(tmp_path: Path) -> None:
     for which, expected in (("CapBnd", os.getuid() == 0), ("CapAmb", os.getuid() != 0)):
         (folder / "status").write_text(f"{which}:\t{1 << host.CAP_IPC_LOCK:016x}\n")
         assert host.locks_freely_after_exec(tmp_path) is expected
+
+
+def test_nobody_can_have_the_host_keep_nothing() -> None:
+    assert host.reserve(64 << 30, None) == host.reserve(64 << 30, 0) == (64 << 30) // 50
+    assert host.reserve(8 << 30, 1) == 128 << 20
+    assert host.reserve(8 << 30, 3 << 30) == 3 << 30

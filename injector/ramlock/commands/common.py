@@ -102,7 +102,7 @@ def lock_options(function: F) -> F:
             "--host-reserve",
             callback=read_reserve,
             metavar="SIZE",
-            help="Memory that locking leaves for the host (default: the larger of 512M and 2 %).",
+            help="Memory that locking leaves for the host (at least 128M; default: the larger of 512M and 2 %).",
         ),
         click.option(
             "--threads",
