@@ -37,7 +37,7 @@ class Shim(NamedTuple):
 
 
 def executable(memory: Memory, maps: list[Mapping], proc: Path = procfs.PROC) -> Mapping:
-    """Return the first mapping of the main program. Raises Refused when it cannot be found."""
+    """Return the first mapping of the main program. Raises Refused when it cannot be found, VmGone."""
     try:
         with open(proc / str(memory.pid) / "auxv", "rb") as file:
             words = file.read(4096)
@@ -48,6 +48,7 @@ def executable(memory: Memory, maps: list[Mapping], proc: Path = procfs.PROC) ->
             for mapping in maps:
                 if mapping.offset == 0 and mapping.readable and mapping.holds(value, value + 56):
                     return mapping
+    memory.maps()  # or it has ended since
     raise Refused(f"the program in process {memory.pid} cannot be found in its memory", "nothing was changed")
 
 
