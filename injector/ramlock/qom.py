@@ -19,6 +19,8 @@ _NAME_MOST = 64
 _TYPE = re.compile(rb"[A-Za-z][A-Za-z0-9_.,:+-]*")
 _PARTLY = ("virtio-mem", "ram-discard-manager")
 """What a memory region of virtio-mem points to: the device, from 6.1; what manages several such devices, from 11.1."""
+_DEVICE = 2048
+"""Within so many bytes of theirs, the device points to its backend, the manager to its region."""
 _SIZE, _FLAGS = 40, 48
 """In struct HostMemoryBackend, which begins with struct Object."""
 
@@ -73,8 +75,19 @@ def owner(read: Read, region: int, block: int) -> Owner | None:
         return None
     if any(flag > 1 for flag in flags):
         return None
-    manager = any(_type(read, word).startswith(_PARTLY) for word in words[index + 2 :] if _pointer(word))
+    manager = any(_manages(read, word, (region, at)) for word in words[index + 2 :] if _pointer(word))
     return Owner(name, flags, manager, _holder(read, words[index + 2 : index + 2 + _CONTAINER_LAST], index + 1))
+
+
+def _manages(read: Read, word: int, whose: Sequence[int]) -> bool:
+    """Whether virtio-mem is there, and points back: what was read may be longer than the region, and be anything."""
+    if not _type(read, word).startswith(_PARTLY):
+        return False
+    try:
+        data = read(word, _DEVICE)
+    except OSError:
+        return False
+    return any(pointer in whose for (pointer,) in struct.iter_unpack("<Q", data))
 
 
 def _holder(read: Read, words: Sequence[int], owner_index: int) -> str:

@@ -14,17 +14,19 @@ from tests.unit.test_ramlist import MIB, Space
 REGION, BLOCK, OWNER, MANAGER = 0x20000, 0x30000, 0x40000, 0x50000
 
 
-def memory(kind: str, flags: bytes = bytes(6), manager: str = "") -> Space:
+def memory(kind: str, flags: bytes = bytes(6), manager: str = "", back: int = 0) -> Space:
     """A memory region whose block is BLOCK and whose owner is of that type."""
     region = bytearray(400)
     struct.pack_into("<QQ", region, 56, BLOCK, OWNER if kind else 0)
     struct.pack_into("<Q", region, 240, MANAGER if manager else 0)
     space = Space({REGION: region})
+    back = back or OWNER
     for at, name in ((OWNER, kind), (MANAGER, manager)):
-        space.pieces[at] = bytearray(struct.pack("<Q", at + 0x1000) + bytes(40) + flags + bytes(10))
+        space.pieces[at] = bytearray(struct.pack("<Q", at + 0x1000) + bytes(40) + flags + bytes(2048))
         space.pieces[at + 0x1000] = bytearray(struct.pack("<Q", at + 0x2000))
         space.pieces[at + 0x2000] = bytearray(struct.pack("<Q", at + 0x3000))
         space.pieces[at + 0x3000] = bytearray(name.encode().ljust(80, b"\0"))
+    struct.pack_into("<Q", space.pieces[MANAGER], 800, back)
     return space
 
 
@@ -51,6 +53,9 @@ def test_virtio_mem() -> None:
         found = owner(memory("memory-backend-ram", manager=manager))
         assert found is not None
         assert found.virtio_mem
+    found = owner(memory("memory-backend-ram", manager="virtio-mem", back=OWNER + 8))  # another's
+    assert found is not None
+    assert not found.virtio_mem
     found = owner(memory("memory-backend-ram", manager="ram-block-attributes"))
     assert found is not None
     assert not found.virtio_mem
