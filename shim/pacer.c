@@ -15,6 +15,7 @@ static const uint64_t first_costs[PACE_KINDS] = {
 	[PACE_LOCK] = 80 * 1000 * 1000,
 	[PACE_MARK] = 1000 * 1000,
 	[PACE_UNLOCK] = 80 * 1000 * 1000,
+	[PACE_UNLOCK_HUGE] = 2 * 1000 * 1000,
 	[PACE_CONFIRM] = 40 * 1000 * 1000,
 	[PACE_FILL] = 1000 * 1000 * 1000,
 	[PACE_SWAP_IN] = 8ULL * 1000 * 1000 * 1000,
@@ -29,7 +30,9 @@ void pace_init(struct pace *p)
 
 uint64_t pace_bytes(const struct pace *p, enum pace_kind kind)
 {
-	const uint64_t max = kind == PACE_MARK ? PACER_CHUNK_MAX_ABSENT : PACER_CHUNK_MAX;
+	const uint64_t max = kind == PACE_MARK	      ? PACER_CHUNK_MAX_ABSENT :
+			     kind == PACE_UNLOCK_HUGE ? PACER_CHUNK_MAX_HUGE :
+							PACER_CHUNK_MAX;
 	uint64_t bytes = p->budget_ns * ATTOS_PER_NS / p->cost[kind];
 
 	if (bytes < PACER_CHUNK_MIN)

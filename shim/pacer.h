@@ -10,16 +10,19 @@ enum { PACER_CHUNK = 2 << 20 };
 
 /*
  * Below the smallest chunk the system call itself is what takes the time; above the largest, one misjudgement would be
- * a long stall. Marking pages that are not there costs next to nothing, whatever their number.
+ * a long stall. Marking pages that are not there costs next to nothing, whatever their number, and a huge page costs
+ * as much as a small one.
  */
 enum { PACER_CHUNK_MIN = 64 << 10, PACER_CHUNK_MAX = 64 << 20 };
+#define PACER_CHUNK_MAX_HUGE (1ULL << 30)
 #define PACER_CHUNK_MAX_ABSENT (16ULL << 30)
 
 /* What a byte can cost; orders of magnitude lie between them. */
 enum pace_kind {
-	PACE_LOCK, /* mlock2() of pages that are there: holds mmap_lock for writing, as the next two */
+	PACE_LOCK, /* mlock2() of pages that are there: holds mmap_lock for writing, as the next three */
 	PACE_MARK, /* ... of pages that are not */
 	PACE_UNLOCK, /* munlock() of pages that are there */
+	PACE_UNLOCK_HUGE, /* ... in huge pages, seen to be so: two orders of magnitude less */
 	PACE_CONFIRM, /* populating pages that are there: holds mmap_lock for reading, as the next two */
 	PACE_FILL, /* ... that are absent */
 	PACE_SWAP_IN, /* ... that are in swap */
@@ -35,7 +38,7 @@ struct pace {
 
 void pace_init(struct pace *p);
 
-/* Bytes of @kind that fit in the hold budget, from PACER_CHUNK_MIN to PACER_CHUNK_MAX (for PACE_MARK: _ABSENT). */
+/* Bytes of @kind that fit in the hold budget, from PACER_CHUNK_MIN to PACER_CHUNK_MAX (for PACE_MARK: _ABSENT, for PACE_UNLOCK_HUGE: _HUGE). */
 uint64_t pace_bytes(const struct pace *p, enum pace_kind kind);
 
 /* How long @bytes of @kind should take, in nanoseconds. */

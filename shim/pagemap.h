@@ -19,7 +19,7 @@ struct pagemap_region {
 	uint64_t start, end, categories;
 };
 
-enum { CATEGORY_PRESENT = 1 << 3, CATEGORY_SWAPPED = 1 << 4, CATEGORY_ZERO = 1 << 5 };
+enum { CATEGORY_PRESENT = 1 << 3, CATEGORY_SWAPPED = 1 << 4, CATEGORY_ZERO = 1 << 5, CATEGORY_HUGE = 1 << 6 };
 
 static const unsigned long PAGEMAP_SCAN_CALL = _IOWR('f', 16, struct pagemap_scan);
 

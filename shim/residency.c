@@ -7,7 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { PAGE = 4096, RUNS = 64 };
+enum { PAGE = 4096, HUGE = 2 << 20, RUNS = 64 };
 static const uint64_t PIECE = 64 << 20;
 
 /* Returns how many runs there are, or -1 when the kernel does not know this. */
@@ -29,7 +29,7 @@ static int scan(int pagemap, enum residency_kind kind, struct range r, struct ra
 		s.category_inverted = CATEGORY_ZERO;
 		s.return_mask = CATEGORY_PRESENT;
 	} else {
-		s.category_mask = s.return_mask = CATEGORY_SWAPPED;
+		s.category_mask = s.return_mask = kind == RESIDENCY_HUGE ? CATEGORY_HUGE : CATEGORY_SWAPPED;
 	}
 	n = pagemap < 0 ? -1 : ioctl(pagemap, PAGEMAP_SCAN_CALL, &s);
 	if (n < 0 || s.walk_end <= r.start)
@@ -51,7 +51,7 @@ size_t residency_list(int pagemap, enum residency_kind kind, struct range r, str
 	if (found >= 0)
 		return (size_t)found;
 	*upto = r.end;
-	if (kind == RESIDENCY_SWAPPED)
+	if (kind != RESIDENCY_PRESENT)
 		return 0;
 	pages = range_size(r) / PAGE < sizeof(vec) ? range_size(r) / PAGE : sizeof(vec);
 	if (mincore((void *)(uintptr_t)r.start, pages * PAGE, vec))
@@ -86,4 +86,23 @@ uint64_t residency_count(int pagemap, enum residency_kind kind, struct range r, 
 			sum += range_size(runs[i]);
 	}
 	return sum;
+}
+
+uint64_t residency_huge_end(int pagemap, struct range r, uint64_t enough)
+{
+	uint64_t at = r.end, piece = HUGE; /* at first, because mostly all is huge or nothing */
+
+	while (at > r.start && r.end - at < enough) {
+		uint64_t from = at - r.start > piece ? at - piece : r.start, upto;
+		struct range runs[RUNS]; /* there cannot be as many */
+		size_t n = residency_list(pagemap, RESIDENCY_HUGE, (struct range){ from, at }, runs, RUNS, &upto);
+
+		if (!n || runs[n - 1].end != at)
+			break;
+		at = runs[n - 1].start;
+		if (at > from)
+			break;
+		piece = PIECE;
+	}
+	return r.end - at;
 }

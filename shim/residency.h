@@ -12,18 +12,25 @@
 enum residency_kind {
 	RESIDENCY_PRESENT, /* pages of memory; the zero page is none */
 	RESIDENCY_SWAPPED,
+	RESIDENCY_HUGE, /* mapped as a whole huge page */
 };
 
 /*
  * Lists runs of such pages in @r from its start on, at most @max, into @runs. *upto is how far it looked: one call
  * keeps mmap_lock, for reading, for no longer than 64 MiB of present pages take, or any length of none. @pagemap is
  * /proc/self/pagemap. Kernels before 6.7 are asked by mincore(2), which takes the zero page for present and cannot
- * tell what is swapped. Returns how many runs there are.
+ * tell what is swapped or huge: nothing, then. Returns how many runs there are.
  */
 size_t residency_list(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max,
 		      uint64_t *upto);
 
 /* Bytes of such pages in @r; stops counting once there are @enough. */
 uint64_t residency_count(int pagemap, enum residency_kind kind, struct range r, uint64_t enough);
+
+/*
+ * Bytes at the end of @r that are mapped in huge pages without a break; stops once there are @enough. One call keeps mmap_lock,
+ * for reading, for no longer than 64 MiB of small pages take, of which there are none but in the last piece looked at.
+ */
+uint64_t residency_huge_end(int pagemap, struct range r, uint64_t enough);
 
 #endif

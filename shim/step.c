@@ -391,8 +391,18 @@ static void size_populate(struct stepper *st, struct step *s)
 /* Cuts @s where unlocking would take longer than the hold budget. */
 static void size_unlock(struct stepper *st, struct step *s)
 {
-	uint64_t bytes = pace_bytes(&st->pace, PACE_UNLOCK);
+	uint64_t bytes = pace_bytes(&st->pace, PACE_UNLOCK), most = pace_bytes(&st->pace, PACE_UNLOCK_HUGE), huge;
 
+	/*
+	 * Nothing splits locked huge pages between this look and the step but the guest's own discards, a few at a time; if all
+	 * of them were split, the step would take as long as one of their size over small pages.
+	 */
+	huge = residency_huge_end(st->pagemap, s->r, most);
+	if (huge >= PACER_CHUNK) {
+		s->huge = true;
+		cut_start(s, huge < most ? huge : most);
+		return;
+	}
 	while (!s->resident && range_size(s->r) > bytes) {
 		uint64_t enough = bytes + 1, present;
 
@@ -578,7 +588,9 @@ static void do_unlock(struct stepper *st, const struct step *s, struct outcome *
 		return;
 	}
 	o->holds[o->n_holds++] = hold.wall;
-	if (s->resident)
+	if (s->huge)
+		pace_learn(&st->pace, PACE_UNLOCK_HUGE, range_size(s->r), hold.wall, hold.cpu);
+	else if (s->resident)
 		pace_learn(&st->pace, PACE_UNLOCK, range_size(s->r), hold.wall, hold.cpu);
 	o->done = s->r;
 }

@@ -44,6 +44,7 @@ struct step {
 	unsigned int threads; /* that populate */
 	/* What step_size() finds and decides. */
 	uint64_t piece; /* bytes that one thread populates at a time */
+	bool huge; /* to be unlocked: all of it is in huge pages */
 	uint64_t present, swapped; /* bytes, of `looked` bytes */
 	uint64_t looked;
 };

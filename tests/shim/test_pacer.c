@@ -176,7 +176,9 @@ static void chunks_stay_within_bounds(void)
 		pace_learn(&p, kind, (uint64_t)rand() * (uint64_t)(rand() % 100000), wall, wall / (uint64_t)(1 + rand() % 9));
 		bytes = pace_bytes(&p, kind);
 		CHECK(bytes >= PACER_CHUNK_MIN);
-		CHECK(bytes <= (kind == PACE_MARK ? PACER_CHUNK_MAX_ABSENT : PACER_CHUNK_MAX));
+		CHECK(bytes <= (kind == PACE_MARK	 ? PACER_CHUNK_MAX_ABSENT :
+				kind == PACE_UNLOCK_HUGE ? PACER_CHUNK_MAX_HUGE :
+							   PACER_CHUNK_MAX));
 	}
 }
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What a step costs, on real memory: where nothing is left, only what allocates nothing is admitted. */
+#include "residency.h"
 #include "step.h"
 #include "tree.h"
 
@@ -235,7 +236,110 @@ static void a_step_that_is_called_off_leaves_nothing_armed(void)
 	end();
 }
 
-CHECK_MAIN(CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
+/* Bytes in huge pages of the mapping at @p; 0 when this host makes none. */
+static uint64_t huge_bytes(const char *p)
+{
+	FILE *f = fopen("/proc/self/smaps", "re");
+	unsigned long start, end, kib, sum = 0;
+	char line[512];
+	bool inside = false;
+
+	while (f && fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+			inside = start <= (uintptr_t)p && (uintptr_t)p < end;
+		else if (inside && sscanf(line, "AnonHugePages: %lu kB", &kib) == 1)
+			sum += kib << 10;
+	}
+	if (f)
+		fclose(f);
+	return sum;
+}
+
+/* Memory of @size bytes whose first @small bytes are in small pages, the others in huge ones; NULL where that cannot be. */
+static char *map_huge(size_t size, size_t small)
+{
+	char *p = mmap(NULL, size + CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		abort();
+	p = (char *)(((uintptr_t)p + CHUNK - 1) / CHUNK * CHUNK);
+	madvise(p, size, MADV_HUGEPAGE);
+	if (small)
+		madvise(p, small, MADV_NOHUGEPAGE);
+	memset(p, 1, size);
+	if (huge_bytes(p + small) == size - small)
+		return p;
+	munmap(p, size);
+	printf("no huge pages to be had here: not tested\n");
+	return NULL;
+}
+
+static void what_is_huge_is_found_from_the_end(void)
+{
+	enum { SIZE = 160 << 20 };
+	struct range r;
+	char *p;
+
+	plenty();
+	p = map_huge(SIZE, 0);
+	r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE };
+	if (p && residency_huge_end(stepper.pagemap, r, CHUNK)) { /* else a kernel before 6.7 */
+		CHECK_EQ(residency_huge_end(stepper.pagemap, r, SIZE), SIZE);
+		CHECK(residency_huge_end(stepper.pagemap, r, 16 << 20) >= 16 << 20);
+		madvise(p + (SIZE - 100 * 1024 * 1024), 4096, MADV_DONTNEED); /* it splits one */
+		CHECK_EQ(residency_huge_end(stepper.pagemap, r, SIZE), 98 << 20);
+		madvise(p + (SIZE - 4096), 4096, MADV_DONTNEED);
+		CHECK_EQ(residency_huge_end(stepper.pagemap, r, SIZE), 0);
+	}
+	if (p)
+		munmap(p, SIZE);
+	CHECK_EQ(residency_huge_end(-1, r, SIZE), 0); /* as with a kernel that does not know */
+	end();
+}
+
+/* Small pages come after huge ones as the unlocking goes on: no step is sized for the one and spent on the other. */
+static void huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not(void)
+{
+	enum { SIZE = 384 << 20, SMALL = 128 << 20 };
+	uint64_t before = really_locked(), small_end;
+	unsigned int steps = 0;
+	struct range r;
+	char *p;
+
+	plenty();
+	p = map_huge(SIZE, SMALL);
+	r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE };
+	small_end = r.start + SMALL;
+	if (p && residency_huge_end(stepper.pagemap, r, CHUNK)) {
+		CHECK(work_off(STEP_LOCK, r, true) > 0);
+		CHECK_EQ(really_locked() - before, SIZE);
+		while (r.start < r.end) {
+			struct step s = { .kind = STEP_UNLOCK, .r = r, .resident = true, .page_size = 4096 };
+			uint64_t most = pace_bytes(&stepper.pace, PACE_UNLOCK);
+			struct outcome o;
+
+			step_size(&stepper, &s);
+			CHECK_EQ(s.huge, s.r.end > small_end);
+			if (s.huge)
+				CHECK(s.r.start >= small_end);
+			else
+				CHECK(range_size(s.r) <= (most < CHUNK ? CHUNK : most));
+			steps += s.huge;
+			step_carry_out(&stepper, &s, &o);
+			CHECK_EQ(o.done.end, r.end);
+			r.end = o.done.start;
+		}
+		CHECK(steps > 0);
+		CHECK_EQ(really_locked(), before);
+		CHECK_EQ(huge_bytes(p + SMALL), SIZE - SMALL); /* no step has split one */
+	}
+	if (p)
+		munmap(p, SIZE);
+	end();
+}
+
+CHECK_MAIN(CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
+	   CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
 	   CASE(a_step_that_is_called_off_leaves_nothing_armed),
 	   CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
 	   CASE(what_is_armed_is_owed))
