@@ -158,7 +158,7 @@ def connect_process(
         raise min(trouble, key=lambda error: [isinstance(error, kind) for kind in _BEST].index(True))
     raise NotFound(
         f"there is no ramlock shim in process {process.pid}",
-        "start the VM with ramlock run; if it was given another socket, name that with --socket",
+        f"bring it in: ramlock inject --pid {process.pid}; if it listens elsewhere, name its socket with --socket",
     )
 
 
