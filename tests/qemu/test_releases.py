@@ -172,13 +172,14 @@ def where(guest: Guest) -> dict[str, int]:
     return {words[0].rsplit("/", 1)[-1]: int(words[-2], 16) for words in named}
 
 
-def check_found(guest: Guest, found: Found, names: str, part: str) -> None:
-    """What was found certainly, from outside, is just these blocks; `part` are those of virtio-mem."""
+def check_found(guest: Guest, found: Found, names: str, part: str, perhaps: str = "") -> None:
+    """What was found certainly, from outside, is just these blocks; `part`, and `perhaps`, are those of virtio-mem."""
     assert found.certain, found
     places, sizes = where(guest), {name.rsplit("/", 1)[-1]: size for name, size in guest.blocks().items()}
     blocks = {block.id.rsplit("/", 1)[-1]: block for block in found.blocks}
-    assert {name for name, block in blocks.items() if block.virtio_mem} == set(part.split())
-    assert set(blocks) == {*names.split(), *part.split()}
+    partly = {name for name, block in blocks.items() if block.virtio_mem}
+    assert set(part.split()) <= partly <= {*part.split(), *perhaps.split()}
+    assert set(blocks) == {*names.split(), *partly}
     for name, block in blocks.items():
         assert block.size == sizes[name]
         # What is not plugged is mapped nowhere in the guest.
@@ -197,14 +198,16 @@ def test_where_guest_ram_is(release: Path) -> None:
         add(guest, "x1", 32 * MIB, "nvdimm", old=old)
         add(guest, "v1", 128 * MIB, "virtio-mem-pci", old=old)
         found = locate.outside(process)
-        check_found(guest, found, "n0 n1 d0 d1", "v0" if old else "v0 v1")
+        # Before 6.1 a device that was plugged in later is found by luck only.
+        plugged = ("v0", "v1") if old else ("v0 v1", "")
+        check_found(guest, found, "n0 n1 d0 d1", *plugged)
         result = ramlock("inject", "--pid", guest.pid, "--guarantee", "all", timeout=60)
         assert result.returncode == 0, result.stderr
         ram = [block for block in found.blocks if not block.virtio_mem]
         ranges = truth.join([truth.Range(block.host, block.end) for block in ram])
         assert truth.locked(guest.pid).ranges == ranges
         unplug(guest, "dev-d1", 2)
-        check_found(guest, locate.outside(process), "n0 n1 d0", "v0" if old else "v0 v1")
+        check_found(guest, locate.outside(process), "n0 n1 d0", *plugged)
         guest.check_unharmed()
 
 
