@@ -228,7 +228,8 @@ def test_interrupted_leaves_the_guarantee_as_set() -> None:
 
 def test_timed_out_leaves_the_guarantee_as_set() -> None:
     with Guest(memory=8 * GIB) as busy:
-        result = ramlock("set", "8G", "--pid", busy.pid, "--timeout", "0.05")
+        # Long enough to set it on a busy machine, too short to lock so much, in small steps.
+        result = ramlock("set", "8G", "--pid", busy.pid, "--timeout", "0.5", "--hold-budget", "50")
         assert_refused(result, TIMED_OUT)
         assert busy.query()["requested"] == 8 * GIB
 
