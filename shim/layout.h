@@ -24,6 +24,7 @@ struct ram_block {
 	uint64_t page_size; /* bytes; of the backing, so 2 MiB and more for hugetlb */
 	enum backing backing;
 	bool shared; /* a shared mapping of its backing */
+	bool unreserved; /* huge pages that nobody has set aside for it: a guest that finds none left is killed */
 	bool mergeable; /* QEMU has asked for its pages to be merged by KSM, as far as is known */
 };
 

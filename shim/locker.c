@@ -13,6 +13,7 @@
  * Lock order: `mutex` is the only lock. QEMU's main thread takes it in bottom halves and RAM block notifiers, so it
  * is never held over a system call on guest RAM, nor over file reading.
  */
+#include "audit.h"
 #include "locker_inside.h"
 #include "residency.h"
 
@@ -25,6 +26,7 @@
 
 static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
 static const uint64_t STOP_WAIT_NS = NS_PER_S; /* the longest that the control thread waits for a step */
+static const uint64_t COUNT_NS = 50 * NS_PER_MS;
 static const uint64_t RATE_NS = 250 * NS_PER_MS;
 static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
 static const char *const state_names[] = {
@@ -88,6 +90,7 @@ static void describe(const struct locker *l, struct step *s, const struct ram_bl
 	s->mergeable = b->mergeable;
 	s->host_reserve = l->wish.host_reserve;
 	s->hugetlb = b->backing == BACKING_HUGETLB;
+	s->unreserved = b->unreserved;
 	s->of_file = b->backing == BACKING_FILE;
 	s->shared = b->shared;
 	s->prefault = l->wish.prefault;
@@ -325,6 +328,25 @@ static void settle(struct locker *l)
 	locker_raise_event(l, LOCKER_REACHED);
 }
 
+/* Counts now and then what the guest may still take of the huge pages that are set aside for nobody. Without the mutex. */
+static void count_unreserved(struct locker *l)
+{
+	static struct ram_layout layout; /* the thread's own copy */
+	struct stepper *st = &l->stepper;
+	uint64_t now = now_ns();
+
+	if (now < st->unreserved_until_ns)
+		return;
+	pthread_mutex_lock(&l->mutex);
+	layout = l->layout;
+	pthread_mutex_unlock(&l->mutex);
+	st->unreserved_absent = 0;
+	for (size_t i = 0; i < layout.n; i++)
+		if (layout.v[i].unreserved)
+			st->unreserved_absent += audit_absent(st->pagemap, layout.v[i].host);
+	st->unreserved_until_ns = now + COUNT_NS;
+}
+
 /* Carries out one step with the mutex given up meanwhile. */
 static void carry_out(struct locker *l, struct step *s)
 {
@@ -340,6 +362,8 @@ static void carry_out(struct locker *l, struct step *s)
 	/* This reads files, and may take its time; so the step is in flight only after it. */
 	pthread_mutex_unlock(&l->mutex);
 	step_size(&l->stepper, s);
+	if (s->unreserved)
+		count_unreserved(l);
 	admitted = step_admit(&l->stepper, s, &o);
 	pthread_mutex_lock(&l->mutex);
 	if (admitted) {

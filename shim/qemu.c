@@ -46,6 +46,7 @@ static struct {
 	uint64_t (*get_plugged_memory_size)(void); /* of DIMMs and their like */
 	void (*ram_block_notifier_add)(void *);
 	_Bool (*qemu_ram_is_shared)(RAMBlock *);
+	_Bool (*qemu_ram_is_noreserve)(RAMBlock *); /* from 6.1, as is what it tells of */
 	_Bool (*runstate_check)(int);
 	_Bool (*migrate_postcopy_ram)(void);
 	_Bool (*migration_in_incoming_postcopy)(void);
@@ -125,6 +126,7 @@ void qemu_init(struct qemu *q)
 	LOOK_UP(get_plugged_memory_size);
 	LOOK_UP(ram_block_notifier_add);
 	LOOK_UP(qemu_ram_is_shared);
+	LOOK_UP(qemu_ram_is_noreserve);
 	LOOK_UP(runstate_check);
 	LOOK_UP(migrate_postcopy_ram);
 	LOOK_UP(migration_in_incoming_postcopy);
@@ -243,6 +245,7 @@ static int append(struct walk *w, RAMBlock *rb, const struct backend *e, struct 
 	known = layout_find(&w->before, (struct range){ host.start, host.start + 1 });
 	/* Asking a file system may take long when it is a remote one: once for each block is enough. */
 	b->backing = known && !strcmp(known->id, b->id) ? known->backing : find_backing(rb, b->page_size);
+	b->unreserved = b->backing == BACKING_HUGETLB && sym.qemu_ram_is_noreserve && sym.qemu_ram_is_noreserve(rb);
 	return 0;
 }
 

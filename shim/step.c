@@ -197,6 +197,22 @@ static bool admit(struct stepper *st, const struct step *s, struct outcome *o)
 	return true;
 }
 
+/* Huge pages that nobody has set aside: as long as the guest would find one for each of its pages. */
+static bool admit_unreserved(struct stepper *st, const struct step *s, struct outcome *o)
+{
+	uint64_t absent = audit_absent(st->pagemap, s->r), left = hugepages_left(&st->hugepages, s->page_size);
+
+	if (absent && left < st->unreserved_absent) {
+		o->shortage = SHORTAGE_HOST_MEMORY;
+		snprintf(o->text, sizeof(o->text),
+			 "%" PRIu64 " MiB are free in huge pages of %" PRIu64 " KiB, and the guest may need %" PRIu64 " MiB",
+			 left >> 20, s->page_size / 1024, st->unreserved_absent >> 20);
+		return false;
+	}
+	st->unreserved_absent -= absent < st->unreserved_absent ? absent : st->unreserved_absent;
+	return true;
+}
+
 bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 {
 	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
@@ -209,7 +225,7 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 		return false;
 	}
 	if (s->hugetlb)
-		return true;
+		return !s->unreserved || admit_unreserved(st, s, o);
 	while (!admit(st, s, o)) {
 		uint64_t half = range_size(s->r) / 2 / PACER_CHUNK * PACER_CHUNK;
 
@@ -609,6 +625,7 @@ void stepper_init(struct stepper *st)
 	memset(st, 0, sizeof(*st));
 	st->pagemap = -1;
 	headroom_init(&st->headroom);
+	hugepages_init(&st->hugepages);
 	merging_init(&st->merging);
 	pace_init(&st->pace);
 	workers_init(&st->workers);
@@ -617,6 +634,7 @@ void stepper_init(struct stepper *st)
 void stepper_open(struct stepper *st, const char *root)
 {
 	headroom_open(&st->headroom, root);
+	hugepages_open(&st->hugepages, root);
 	merging_open(&st->merging, root);
 	st->pagemap = fd_above_stdio(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
 }
@@ -624,6 +642,7 @@ void stepper_open(struct stepper *st, const char *root)
 void stepper_deinit(struct stepper *st)
 {
 	headroom_deinit(&st->headroom);
+	hugepages_deinit(&st->hugepages);
 	merging_deinit(&st->merging);
 	fd_close(st->pagemap);
 	stepper_init(st);

@@ -10,6 +10,7 @@
 
 #include "extents.h"
 #include "headroom.h"
+#include "hugepages.h"
 #include "merging.h"
 #include "pacer.h"
 #include "workers.h"
@@ -34,6 +35,7 @@ struct step {
 	struct range r;
 	uint64_t page_size; /* bytes, of the block */
 	bool hugetlb;
+	bool unreserved; /* huge pages that nobody has set aside for this */
 	bool of_file; /* page cache, which is given up without swap as long as it is not locked */
 	bool shared; /* a shared mapping: its page cache is the memory itself */
 	bool prefault;
@@ -70,6 +72,9 @@ struct stepper {
 	atomic_bool cancel; /* the step in flight is to end after the system call in flight */
 	int pagemap; /* /proc/self/pagemap */
 	struct merging merging;
+	struct hugepages hugepages;
+	uint64_t unreserved_absent; /* bytes in unreserved huge pages that the guest may still take */
+	uint64_t unreserved_until_ns; /* CLOCK_MONOTONIC; that was counted, and is to be counted again then */
 	uint64_t owed; /* bytes that are armed and absent: the guest will allocate them */
 	uint64_t credit; /* bytes that headroom_memory() granted */
 	uint64_t pin_credit; /* bytes that headroom_pinnable() granted */

@@ -234,7 +234,7 @@ def test_memory_files_without_room(setting: Setting, tmp_path: Path) -> None:
     full = f"memory-backend-file,id=m,size=64M,share=on,mem-path={tmp_path}/ram"
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "ramlock-test", tmp_path], check=True)
     try:
-        for backend, says in ((few, "no more huge pages of 2048 KiB"), (full, "no more room")):
+        for backend, says in ((few, "in huge pages of 2048 KiB"), (full, "no more room")):
             with Guest(memory=64 * MIB, machine="pc,memory-backend=m", args=["-S", "-object", backend]) as guest:
                 for prefault in (True, False):
                     held = guest.guarantee(64 * MIB, threads=4, prefault=prefault)
@@ -247,3 +247,25 @@ def test_memory_files_without_room(setting: Setting, tmp_path: Path) -> None:
                 assert guest.monitor.execute("query-status")["status"] == "prelaunch"
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_huge_pages_that_are_not_set_aside(setting: Setting) -> None:
+    """A guest that finds no huge page is killed: the last of them are left to it, and taken when all can be had."""
+    pages = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    if not pages.exists():
+        absent("this kernel has no huge pages of 2 MiB")
+    before = int(pages.read_text())
+    setting(str(pages), str(before + 24))
+    backend = "memory-backend-memfd,id=m,size=64M,hugetlb=on,hugetlbsize=2M,reserve=off"
+    with Guest(memory=64 * MIB, machine="pc,memory-backend=m", args=["-object", backend]) as guest:
+        held = guest.guarantee(40 * MIB)
+        assert held["state"] == "short"
+        assert held["short"]["reason"] == "host-memory"
+        guest.check_unharmed()
+        pages.write_text(str(before + 40))
+        deadline = time.monotonic() + 60
+        while (held := guest.query())["state"] != "idle":  # nobody asks it to try again
+            assert time.monotonic() < deadline, held
+            time.sleep(0.1)
+        assert held["locked"] == 40 * MIB
+        guest.check_unharmed()
