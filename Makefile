@@ -34,7 +34,7 @@ built: shim $(INSTALLED)
 .PHONY: help
 help: ## Explain every target
 	@echo 'Begin with "make demo" or "make test". Targets:'
-	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sort | awk -F '\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sort | awk -F '\t' '{ printf "  %-13s %s\n", $$1, $$2 }'
 	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress), SIZE=8G QUICK=1 KVM=1 (bench), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12, V=1 (show commands)'
 
 .PHONY: deps
@@ -72,6 +72,12 @@ demo: ## Show it: boot a guest under ramlock, raise and lower its guarantee, wat
 	@.ci/deps all
 	@+$(AGAIN) ready
 	@$(PYTHON_BIN) examples/demo.py
+
+.PHONY: demo-pressure
+demo-pressure: ## What it is worth: two guests share too little memory, one has a guarantee; PLOT=1 draws docs/pressure.svg
+	@.ci/deps all
+	@+$(AGAIN) ready $(if $(PLOT),$(VENV)/.bench)
+	@$(PYTHON_BIN) examples/demo_pressure.py $(if $(PLOT),--plot docs/pressure.svg)
 
 .PHONY: test
 test: ## Run the whole test suite: linters, the shim's C units, the Python units, real QEMUs

@@ -31,6 +31,7 @@ def test_help_explains_every_target() -> None:
         "bench",
         "clean",
         "demo",
+        "demo-pressure",
         "deps",
         "distclean",
         "facts",

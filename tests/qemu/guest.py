@@ -68,6 +68,10 @@ class Agent:
     def uptime(self) -> float:
         return float(self.ask("uptime"))
 
+    def fileno(self) -> int:
+        """For select(): readable when an answer has come."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         self._file.close()
         self._socket.close()

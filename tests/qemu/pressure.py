@@ -60,23 +60,42 @@ class Zram:
         (CONTROL / "hot_remove").write_text(str(self._number))
 
 
+def hierarchy() -> Path | None:
+    """Where memory cgroups can be made, of version 1 or 2; None where they cannot."""
+    if can_confine():
+        return MEMORY
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, place, kind, *_ = line.split()
+        if kind == "cgroup2" and os.access(place, os.W_OK):
+            controllers = Path(place) / "cgroup.subtree_control"
+            if "memory" in controllers.read_text().split():
+                return Path(place)
+    return None
+
+
 class Confined:
-    """A memory cgroup (version 1) of `limit` bytes for one process, removed when that has ended or moved away."""
+    """A memory cgroup of `limit` bytes for a test's processes, removed when these have ended or moved away."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.path = MEMORY / f"ramlock-test-{os.getpid()}-{time.monotonic_ns()}"
+        self._root = hierarchy() or MEMORY
+        self._v1 = self._root == MEMORY
+        self.path = self._root / f"ramlock-test-{os.getpid()}-{time.monotonic_ns()}"
 
     def __enter__(self) -> Confined:
         self.path.mkdir()
-        (self.path / "memory.limit_in_bytes").write_text(str(self.limit))
+        try:
+            self.squeeze(self.limit)
+        except BaseException:
+            self.path.rmdir()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for pid in (self.path / "cgroup.procs").read_text().split():
-            (MEMORY / "cgroup.procs").write_text(pid)
+            (self._root / "cgroup.procs").write_text(pid)
         deadline = time.monotonic() + 10
         while True:
             try:
@@ -88,22 +107,42 @@ class Confined:
             else:
                 return
 
+    @property
+    def prepare(self) -> list[str]:
+        """Words that start a command in it."""
+        return ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.path / "cgroup.procs")]
+
     def add(self, pid: int) -> None:
-        """Moves a process in, with what it has charged so far."""
-        (self.path / "memory.move_charge_at_immigrate").write_text("3")
+        """Moves a process in; in version 1 with what it has charged so far."""
+        if self._v1:
+            (self.path / "memory.move_charge_at_immigrate").write_text("3")
         (self.path / "cgroup.procs").write_text(str(pid))
 
     def squeeze(self, limit: int) -> None:
         """Another limit; a smaller one reclaims at once what is too much. Raises OSError when that cannot be had."""
-        (self.path / "memory.limit_in_bytes").write_text(str(limit))
+        (self.path / ("memory.limit_in_bytes" if self._v1 else "memory.max")).write_text(str(limit))
         self.limit = limit
 
     def swapped(self) -> int:
         """Bytes of the group that are in swap."""
-        for line in (self.path / "memory.stat").read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == "swap":
-                return int(value)
+        if not self._v1:
+            return int((self.path / "memory.swap.current").read_text())
+        swapped = self._counter("memory.stat", "swap")
+        if swapped is not None:
+            return swapped
         return int((self.path / "memory.memsw.usage_in_bytes").read_text()) - int(
             (self.path / "memory.usage_in_bytes").read_text()
         )
+
+    def kills(self) -> int:
+        """Processes of the group that the kernel has killed for want of memory."""
+        killed = self._counter("memory.oom_control" if self._v1 else "memory.events", "oom_kill")
+        assert killed is not None, "this kernel does not count what it kills"
+        return killed
+
+    def _counter(self, file: str, name: str) -> int | None:
+        for line in (self.path / file).read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+        return None
