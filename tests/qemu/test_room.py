@@ -195,6 +195,7 @@ def test_memory_bound_to_a_node() -> None:
         guest.guarantee(128 * MIB)
         assert guest.query()["locked"] == 128 * MIB
         assert truth.vm_lck(guest.pid) == 128 * MIB
+        guest.monitor.execute("cont")
         guest.check_unharmed()
 
 
