@@ -42,7 +42,6 @@ const char *locker_state_name(enum locker_state s)
 
 void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 {
-	memset(l, 0, sizeof(*l));
 	l->notify = notify;
 	l->opaque = opaque;
 	l->wish = (struct wish){ .prefault = true, .hold_budget_us = HOLD_BUDGET_US, .threads = 1 };

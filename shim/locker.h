@@ -113,7 +113,7 @@ struct locker {
 	struct stepper stepper;
 };
 
-/* Prepares @l with the mutex unlocked. @notify is called with news, with the mutex held: it must not block. */
+/* Prepares @l, which is all zeroes. @notify is called with news, with the mutex held: it must not block. */
 void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque);
 
 /* The thread's body; returns after locker_stop(). @arg is the locker. */

@@ -257,7 +257,6 @@ static void judge_kind(struct ram_block *b, struct evidence *e)
 
 void pushed_init(struct pushed *p)
 {
-	memset(p, 0, sizeof(*p));
 	p->maps = -1;
 	pthread_mutex_init(&p->mutex, NULL);
 }

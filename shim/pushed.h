@@ -54,6 +54,7 @@ struct pushed {
 	struct evidence now[RAM_BLOCKS_MAX]; /* scratch */
 };
 
+/* @p is all zeroes. */
 void pushed_init(struct pushed *p);
 
 /* Opens what may not be opened later, in the process whose RAM this is about. */

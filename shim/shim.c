@@ -183,13 +183,21 @@ static int start(struct shim *s)
 	pthread_mutex_init(&s->binding, NULL);
 	look_init(s);
 	s->halted = false;
+	/*
+	 * Half a megabyte, which QEMU's main thread would wait for: the first time it is zeroes that nobody has touched.
+	 */
+	if (s->used) {
+		memset(&s->locker, 0, sizeof(s->locker));
+		memset(&s->pushed, 0, sizeof(s->pushed));
+		memset(&s->commands, 0, sizeof(s->commands));
+	}
+	s->used = true;
 	locker_init(&s->locker, locker_news, s);
 	s->locker.look = look_before_plan;
 	s->locker.refresh = look_and_wait;
 	s->locker.discarded = look_gave_back;
 	s->locker.follows = s->config.follow_discards;
 	pushed_init(&s->pushed);
-	memset(&s->commands, 0, sizeof(s->commands));
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;
 	s->commands.look_now = look_now;

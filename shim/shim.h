@@ -22,6 +22,7 @@ enum {
 
 struct shim {
 	struct config config;
+	bool used; /* it was started before: what follows is not zeroes */
 	struct qemu qemu;
 	struct locker locker;
 	struct pushed pushed; /* guest RAM, where QEMU cannot be asked */

@@ -166,6 +166,7 @@ static struct range map_like_qemu(size_t size, int fd, int flags)
 
 static void begin(void)
 {
+	memset(&pushed, 0, sizeof(pushed));
 	pushed_init(&pushed);
 	pushed_open(&pushed);
 }

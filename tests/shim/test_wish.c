@@ -32,6 +32,7 @@ static void begin(void)
 	put("proc/self/status", "CapEff:\t0000000000000000\nVmLck:\t       0 kB\n");
 	put("proc/self/fd/.made", "%s", "");
 	CHECK_EQ(setrlimit(RLIMIT_MEMLOCK, &r), 0);
+	memset(&locker, 0, sizeof(locker));
 	locker_init(&locker, note, NULL);
 	stepper_open(&locker.stepper, root);
 	layout.n = 1;
