@@ -6,27 +6,24 @@ from __future__ import annotations
 import threading
 import time
 from types import TracebackType
+from typing import Self
 
 from tests.qemu.monitor import Monitor
 
 
-class Silence:
-    """Asks `query-status` in a thread while it is entered; `waits` are how long that took, in seconds.
+class Background:
+    """Does `once` again and again in a thread while it is entered; what goes wrong there is raised at the end."""
 
-    Nobody else may use the session meanwhile.
-    """
-
-    def __init__(self, monitor: Monitor, pause: float = 0.0005) -> None:
-        self.longest = 0.0
-        self.waits: list[float] = []
-        self.asked = 0
+    def __init__(self, pause: float) -> None:
         self.error: BaseException | None = None
-        self._monitor = monitor
         self._pause = pause
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Silence:
+    def once(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -38,14 +35,31 @@ class Silence:
         if self.error is not None and error is None:
             raise self.error
 
-    def _ask(self) -> None:
+    def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                begin = time.monotonic()
-                self._monitor.execute("query-status", timeout=120)
-                self.waits.append(time.monotonic() - begin)
-                self.longest = max(self.longest, self.waits[-1])
-                self.asked += 1
+                self.once()
                 time.sleep(self._pause)
-        except Exception as error:  # noqa: BLE001 - raised again in the thread that asked for this
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked for this
             self.error = error
+
+
+class Silence(Background):
+    """Asks `query-status` in a thread while it is entered; `waits` are how long that took, in seconds.
+
+    Nobody else may use the session meanwhile.
+    """
+
+    def __init__(self, monitor: Monitor, pause: float = 0.0005) -> None:
+        super().__init__(pause)
+        self.longest = 0.0
+        self.waits: list[float] = []
+        self.asked = 0
+        self._monitor = monitor
+
+    def once(self) -> None:
+        begin = time.monotonic()
+        self._monitor.execute("query-status", timeout=120)
+        self.waits.append(time.monotonic() - begin)
+        self.longest = max(self.longest, self.waits[-1])
+        self.asked += 1

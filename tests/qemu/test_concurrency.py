@@ -25,6 +25,7 @@ from tests.qemu import truth
 from tests.qemu.guest import MIB, Guest
 from tests.qemu.monitor import Monitor, MonitorError
 from tests.qemu.pressure import Confined, Zram, can_confine, can_swap
+from tests.qemu.silence import Background
 
 NODE = 256 * MIB  # each of the two
 PATROL = 256 * MIB
@@ -32,41 +33,29 @@ LIMITS = (256 * MIB, 304 * MIB)  # for what of guest RAM is in memory, and QEMU'
 CHANGES = int(os.environ.get("RAMLOCK_STRESS_CHANGES", "80"))
 
 
-class Onlooker:
+class Onlooker(Background):
     """Reads guest RAM from outside in a thread, as KVM's get_user_pages and vhost do, by way of /proc/PID/mem."""
 
     def __init__(self, pid: int, seed: int) -> None:
+        super().__init__(0.001)
         self.reads = 0
-        self.error: BaseException | None = None
         self._ranges = [m.range for m in truth.mappings(pid) if m.range.size >= 32 * MIB and m.permissions[:2] == "rw"]
         self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
         self._chance = random.Random(seed)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-
-    def __enter__(self) -> Onlooker:
-        self._thread.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join(60)
-        os.close(self._memory)
-        if self.error is not None and error is None:
-            raise self.error
-
-    def _read(self) -> None:
         try:
-            while not self._stop.is_set():
-                where = self._chance.choice(self._ranges)
-                at = where.start + self._chance.randrange(where.size // 4096) * 4096
-                assert len(os.pread(self._memory, 4096, at)) == 4096
-                self.reads += 1
-                time.sleep(0.001)
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked for this
-            self.error = error
+            super().__exit__(kind, error, trace)
+        finally:
+            os.close(self._memory)
+
+    def once(self) -> None:
+        where = self._chance.choice(self._ranges)
+        at = where.start + self._chance.randrange(where.size // 4096) * 4096
+        assert len(os.pread(self._memory, 4096, at)) == 4096
+        self.reads += 1
 
 
 class Snapshots:
