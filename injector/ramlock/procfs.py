@@ -20,6 +20,7 @@ PROC = Path("/proc")
 MAX_FILE = 1 << 20
 """Bytes read at most of any one file."""
 
+UUID = r"(?i:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 _QEMU = r"\.?(qemu-system-[\w.+-]+|qemu-kvm|qemu|kvm)(-wrapped)?( \(deleted\))?"
 
 
@@ -55,6 +56,11 @@ class Process(NamedTuple):
     def name(self) -> str | None:
         """The VM's name from QEMU's -name; None when it has none."""
         return vm_name(self.cmdline)
+
+    @property
+    def uuid(self) -> str | None:
+        """The VM's UUID from QEMU's -uuid, in lower case; None when it has none."""
+        return vm_uuid(self.cmdline)
 
 
 def read(pid: int, proc: Path = PROC) -> Process:
@@ -254,6 +260,15 @@ def vm_name(cmdline: tuple[str, ...]) -> str | None:
             elif not equals and index == 0:
                 name = part
     return name
+
+
+def vm_uuid(cmdline: tuple[str, ...]) -> str | None:
+    """Return the UUID that a QEMU command line gives its VM, in lower case, or None; the last one counts."""
+    uuid = None
+    for option, value in itertools.pairwise(cmdline):
+        if option in ("-uuid", "--uuid") and re.fullmatch(UUID, value, re.ASCII):
+            uuid = value.lower()
+    return uuid
 
 
 def split_options(value: str) -> list[str]:

@@ -43,6 +43,7 @@ class Vm(NamedTuple):
     """None when its process is out of our sight (another pid namespace)."""
     name: str | None
     pin: procfs.Pin | None
+    uuid: str | None = None
 
     @property
     def label(self) -> str:
@@ -58,11 +59,13 @@ class Vm(NamedTuple):
 
 
 def find_pid(name: str, proc: Path = procfs.PROC) -> int:
-    """Return the pid of the only QEMU whose -name is `name`.
+    """Return the pid of the only QEMU whose -name, or else -uuid, is `name`.
 
     Raises NotFound when there is none, Refused when there are several.
     """
-    pids = [process.pid for process in procfs.qemus(proc) if process.name == name]
+    everyone = list(procfs.qemus(proc))
+    pids = [process.pid for process in everyone if process.name == name]
+    pids = pids or [process.pid for process in everyone if process.uuid == name.lower()]
     if not pids:
         raise NotFound(f"no running VM is named '{printable(name)}'", "see the running VMs with: pgrep -a qemu")
     if len(pids) > 1:
@@ -129,7 +132,7 @@ def _connect(selector: Selector, patience: Deadline, whole: Deadline, proc: Path
                     raise
                 time.sleep(_RETRY)
         pin.check()
-        return Vm(Client(sock, printable(path)), pid, process.name, pin)
+        return Vm(Client(sock, printable(path)), pid, process.name, pin, process.uuid)
     except BaseException:
         pin.close()
         raise
@@ -146,7 +149,8 @@ def _by_socket(path: Path, whole: Deadline, proc: Path) -> Vm:
     client = Client(sock, shown)
     pid = endpoint.peer(sock).pid
     try:
-        return Vm(client, pid, procfs.read(pid, proc).name, procfs.Pin(pid))
+        process = procfs.read(pid, proc)
+        return Vm(client, pid, process.name, procfs.Pin(pid), process.uuid)
     except (NotFound, NoPermission):
         return Vm(client, None, None, None)  # out of our sight; the socket is all that was asked for
 

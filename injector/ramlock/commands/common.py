@@ -68,7 +68,7 @@ def vm_options(function: F) -> F:
     """Add --pid, --vm and --socket; `selector` turns them into a Selector."""
     for option in (
         click.option("--socket", type=SOCKET_PATH, help="The shim's socket."),
-        click.option("--vm", metavar="NAME", help="The VM that QEMU's -name calls so."),
+        click.option("--vm", metavar="NAME", help="The VM of this name or UUID (QEMU's -name, -uuid)."),
         click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="PID", help="The VM's QEMU process."),
     ):
         function = option(function)
@@ -78,7 +78,7 @@ def vm_options(function: F) -> F:
 def one_vm_options(function: F) -> F:
     """Add --pid and --vm: a process is meant, and not a socket."""
     for option in (
-        click.option("--vm", metavar="NAME", help="The VM that QEMU's -name calls so."),
+        click.option("--vm", metavar="NAME", help="The VM of this name or UUID (QEMU's -name, -uuid)."),
         click.option("--pid", type=click.IntRange(1, 2**31 - 1), metavar="PID", help="The VM's QEMU process."),
     ):
         function = option(function)

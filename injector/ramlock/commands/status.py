@@ -39,7 +39,8 @@ def command(pid: int | None, vm: str | None, socket: Path | None, as_json: bool)
         if as_json:
             emit_json(now.raw)
         else:
-            emit("\n".join([click.style(found.label, bold=True), *lines(now)]))
+            uuid = [] if found.uuid is None else [f"  {'uuid':<13} {found.uuid}"]
+            emit("\n".join([click.style(found.label, bold=True), *uuid, *lines(now)]))
 
 
 def _tell(found: vms.Vm) -> None:
