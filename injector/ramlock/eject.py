@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import time
+from pathlib import Path
 
 from ramlock import place, procfs, vms
 from ramlock.deadline import Deadline
@@ -13,9 +14,9 @@ _THREADS = ("ramlock-ctl", "ramlock-lock")
 _POLL = 0.005
 
 
-def serves(pid: int) -> bool:
+def serves(pid: int, proc: Path = procfs.PROC) -> bool:
     """Tell whether a shim has threads in `pid`."""
-    return any(name in _THREADS for name in procfs.threads(pid))
+    return any(name in _THREADS for name in procfs.threads(pid, proc))
 
 
 def eject(vm: vms.Vm, timeout: float = GOING_TIME) -> None:

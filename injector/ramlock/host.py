@@ -40,6 +40,7 @@ class MemoryFacts(NamedTuple):
     swap_free: int
     hugetlb: int
     """Set aside for huge pages."""
+    swap_total: int = 0
 
 
 def memory(proc: Path = procfs.PROC) -> MemoryFacts | None:
@@ -47,7 +48,8 @@ def memory(proc: Path = procfs.PROC) -> MemoryFacts | None:
     try:
         text = (proc / "meminfo").read_text(errors="replace")
         kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s*(\d+) kB$", text, re.MULTILINE)}
-        sizes = (kib["MemTotal"], kib["MemAvailable"], kib.get("SwapFree", 0), kib.get("Hugetlb", 0))
+        sizes = [kib["MemTotal"], kib["MemAvailable"]]
+        sizes += [kib.get(name, 0) for name in ("SwapFree", "Hugetlb", "SwapTotal")]
     except (OSError, KeyError):
         return None
     return MemoryFacts(*(size * 1024 for size in sizes))

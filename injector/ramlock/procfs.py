@@ -63,6 +63,18 @@ class Process(NamedTuple):
         return vm_uuid(self.cmdline)
 
 
+class Usage(NamedTuple):
+    """The memory of a process, in bytes."""
+
+    resident: int
+    shared: int
+    """The part of it that is shared memory, such as memory files: their swap is on nobody's account."""
+    swapped: int
+    """Without what is shared."""
+    size: int
+    """Its address space."""
+
+
 def read(pid: int, proc: Path = PROC) -> Process:
     """Read what there is to know about `pid`.
 
@@ -87,6 +99,16 @@ def read(pid: int, proc: Path = PROC) -> Process:
         raise _no_process(pid) from None
     except PermissionError:
         raise NoPermission(f"process {pid} may not be looked at", "run ramlock as root or as the VM's user") from None
+
+
+def usage(pid: int, proc: Path = PROC) -> Usage:
+    """Return what memory `pid` uses, by counters: smaps would be exact, and holds mmap_lock while it walks page tables.
+
+    Raises NotFound when there is no such process.
+    """
+    status = _status_of(pid, proc)
+    fields = ("VmRSS", "RssShmem", "VmSwap", "VmSize")
+    return Usage(*(int(status.get(field, "0").split()[0]) * 1024 for field in fields))
 
 
 def environ(pid: int, proc: Path = PROC) -> dict[str, str] | None:
@@ -236,6 +258,37 @@ def qemus(proc: Path = PROC) -> Iterator[Process]:
                     yield process
         except (NotFound, NoPermission, OSError, ValueError, IndexError, KeyError):
             continue  # ended while we looked
+
+
+def executable(pid: int, proc: Path = PROC) -> str | None:
+    """Return the path of the program that `pid` runs; None when we may not know."""
+    return _link(proc / str(pid) / "exe")
+
+
+def candidates(proc: Path = PROC) -> list[int]:
+    """Return the pids that may be QEMUs, in order, without reading anything that a process itself provides.
+
+    A process can have its command line come out of a file system of its own, and then whoever reads it waits.
+    """
+    found = []
+    for pid in sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal()):
+        try:
+            maybe = looks_like_qemu(os.readlink(proc / str(pid) / "exe"), ())
+        except PermissionError:
+            maybe = _has_memory(pid, proc)  # another user's, of which only its command line tells
+        except OSError:
+            maybe = False  # a kernel thread, or it has ended
+        if maybe:
+            found.append(pid)
+    return found
+
+
+def _has_memory(pid: int, proc: Path) -> bool:
+    """Whether it is no thread of the kernel's."""
+    try:
+        return not _bytes(proc / str(pid) / "statm").startswith(b"0 ")
+    except OSError:
+        return False
 
 
 def looks_like_qemu(exe: str | None, cmdline: tuple[str, ...]) -> bool:

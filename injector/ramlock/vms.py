@@ -67,7 +67,7 @@ def find_pid(name: str, proc: Path = procfs.PROC) -> int:
     pids = [process.pid for process in everyone if process.name == name]
     pids = pids or [process.pid for process in everyone if process.uuid == name.lower()]
     if not pids:
-        raise NotFound(f"no running VM is named '{printable(name)}'", "see the running VMs with: pgrep -a qemu")
+        raise NotFound(f"no running VM is named '{printable(name)}'", "see the running VMs with: ramlock list")
     if len(pids) > 1:
         raise Refused(
             f"{len(pids)} VMs are named '{printable(name)}': pids {', '.join(map(str, pids))}",

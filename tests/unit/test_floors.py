@@ -24,7 +24,7 @@ FLOORS = [
     {"admission", "vms", "inject", "kept", "memfd", "mapsource"},
     {"locate"},
     {"eject", "preflight", "tell"},
-    {"install"},
+    {"install", "survey"},
     {"commands"},
     {"__main__"},
 ]

@@ -19,6 +19,7 @@ VERBS = {
     "inject": "Bring the shim into a VM that runs already.",
     "set": "Set how much guest RAM is guaranteed.",
     "status": "Show what is guaranteed and what is locked.",
+    "list": "Show every VM on this host.",
     "locate": "Show where guest RAM is in QEMU's memory.",
     "preflight": "Say whether a VM can be injected, and if not, why.",
     "eject": "Take the shim out of a VM that runs.",
