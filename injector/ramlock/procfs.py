@@ -125,7 +125,7 @@ def parse_environ(block: bytes) -> dict[str, str]:
     return {name: value for name, equals, value in pairs if equals}
 
 
-def memlock_limit(pid: int, proc: Path = PROC) -> tuple[int | None, int | None]:
+def memlock_limit(pid: int | str, proc: Path = PROC) -> tuple[int | None, int | None]:
     """Return the soft and hard RLIMIT_MEMLOCK of `pid` in bytes; None is unlimited.
 
     Raises NotFound when there is no such process.
@@ -141,7 +141,7 @@ def stack_limit(pid: int, proc: Path = PROC) -> int | None:
     return _limit(pid, "Max stack size", proc)[0]
 
 
-def _limit(pid: int, name: str, proc: Path) -> tuple[int | None, int | None]:
+def _limit(pid: int | str, name: str, proc: Path) -> tuple[int | None, int | None]:
     try:
         text = _bytes(proc / str(pid) / "limits").decode("ascii", "replace")
     except OSError:

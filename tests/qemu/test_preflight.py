@@ -74,6 +74,20 @@ def preflight(pid: int, code: int = 4, *options: str) -> dict[str, dict[str, Any
     return {check["name"]: check for check in reply["checks"]}
 
 
+def doctor(pid: int, code: int) -> dict[str, dict[str, Any]]:
+    """What `ramlock doctor` finds, by name; of host and VM."""
+    result = ramlock("doctor", "--pid", pid, "--json")
+    assert result.returncode == code, (result.stdout, result.stderr)
+    reply = json.loads(result.stdout)
+    assert reply["ok"] is (code == 0)
+    for finding in reply["findings"]:
+        assert set(finding) == {"name", "level", "found", "means", "do"}
+        assert finding["found"]
+        assert finding["means"]
+        assert finding["do"] or finding["level"] == "ok", finding
+    return {finding["name"]: finding for finding in reply["findings"]}
+
+
 def check_refused(pid: int, name: str, says: str, code: int = 4) -> None:
     """preflight names the check, and inject refuses by it."""
     failed = preflight(pid)[name]
@@ -121,6 +135,9 @@ def test_all_is_well() -> None:
         result = ramlock("preflight", "--vm", "fine")
         assert result.returncode == 0
         assert result.stdout.count("pass") == len(CHECKS)
+        report = doctor(guest.pid, 0)
+        assert all(report[name]["level"] == "ok" for name in CHECKS)
+        assert {"vm-memlock", "vm-cgroup"} <= set(report)
         assert ramlock("inject", "--pid", guest.pid).returncode == 0
         assert "already" in preflight(guest.pid, 0)["loaded"]["detail"]
 
@@ -156,6 +173,7 @@ def test_no_such_process() -> None:
     process.wait()
     check_refused(process.pid, "process", "there is no process", 6)
     assert_refused(ramlock("preflight", "--vm", "no-such-vm"), 6)
+    assert_refused(ramlock("doctor", "--pid", process.pid), 6)
     assert_refused(ramlock("preflight"), 2)
     assert_refused(ramlock("inject", "--pid", "1", "--vm", "x"), 2)
 
@@ -172,6 +190,9 @@ def test_a_zombie() -> None:
 
 def test_not_qemu() -> None:
     check_refused(os.getpid(), "qemu", "is not QEMU")
+    found = doctor(os.getpid(), 1)["qemu"]
+    assert found["level"] == "bad"
+    assert "is not QEMU" in found["found"]
     kernel_thread = 2
     if not Path(f"/proc/{kernel_thread}/exe").exists():
         check_refused(kernel_thread, "qemu", "is not QEMU")
