@@ -89,7 +89,7 @@ def resolve(command: str, path: str) -> Path:
     """
     folders = [""] if "/" in command else path.split(os.pathsep)
     places = [Path(folder) / command for folder in folders]
-    found = [place for place in places if place.is_file()]
+    found = [place for place in places if os.path.isfile(place)]  # Path.is_file() fails in a folder closed to us
     for place in found:
         if os.access(place, os.X_OK):
             return place

@@ -69,6 +69,16 @@ def test_finding_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         launch.resolve("a/qemu", path)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody whom a folder is closed to")
+def test_a_closed_folder_on_the_way(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    os.seteuid(65534)
+    try:
+        assert launch.resolve("sh", f"{tmp_path}/closed:/bin") == Path("/bin/sh")
+    finally:
+        os.seteuid(0)
+
+
 @pytest.fixture
 def shim(tmp_path: Path) -> Path:
     """A preloadable library that says so."""
