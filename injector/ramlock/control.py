@@ -128,6 +128,10 @@ class Client:
                 self._break(ProtocolError(f"{self.where} answered something that was not asked", _RESTART))
         return self._events.popleft()
 
+    def fileno(self) -> int:
+        """The socket's descriptor, for whoever waits for several sessions at once."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Hang up."""
         self._socket.close()

@@ -31,6 +31,8 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
 """
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+from typing import Any
+
 
 class RamlockError(Exception):
     """Base of all: one line of what happened (`message`) and one of what to do (`hint`)."""
@@ -38,6 +40,8 @@ class RamlockError(Exception):
     exit_code = 1
     details: tuple[str, ...] = ()
     """Lines to print between the two, such as a table."""
+    guarantee: Any = None
+    """Of Short and TimedOut: the last known state, a reply.Guarantee."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

@@ -191,10 +191,12 @@ def short(now: Guarantee) -> Short:
     """Return the error that says why `now` is short."""
     desc = f": {now.why.desc or now.why.reason}" if now.why else ""
     held, requested = format_apart(now.held, now.requested)
-    return Short(
+    error = Short(
         f"{held} of {requested} can be locked now{desc}",
         _SHORT_HINTS.get(now.why.reason if now.why else "", "the guarantee stays set; see ramlock status"),
     )
+    error.guarantee = now
+    return error
 
 
 _SHORT_HINTS = {
@@ -326,7 +328,9 @@ def _superseded(now: Guarantee) -> Superseded:
 
 def _timed_out(now: Guarantee, how: str) -> TimedOut:
     held, requested = format_apart(now.held, now.requested)
-    return TimedOut(
+    error = TimedOut(
         f"{held} of {requested} reached {how}; the guarantee stays set",
         "see how far it is with ramlock status",
     )
+    error.guarantee = now
+    return error

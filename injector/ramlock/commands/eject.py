@@ -3,7 +3,7 @@
 
 import click
 
-from ramlock import eject, vms
+from ramlock.api import VM
 from ramlock.commands.common import emit, one_vm_options, read_seconds
 from ramlock.vms import Selector
 
@@ -28,6 +28,5 @@ def command(pid: int | None, vm: str | None, timeout: float) -> None:
     \b
       ramlock eject --vm web
     """
-    with vms.session(Selector(pid, vm)) as found:
-        eject.eject(found, timeout)
-        emit(f"{found.label}: the shim has left, nothing is guaranteed any more")
+    label = VM(Selector(pid, vm)).eject(timeout)
+    emit(f"{label}: the shim has left, nothing is guaranteed any more")

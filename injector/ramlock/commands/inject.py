@@ -1,12 +1,12 @@
 """`ramlock inject`: bring the shim into a VM that runs already."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
-import os
 from typing import Any
 
 import click
 
 from ramlock import __version__, guarantee, vms
+from ramlock.api import VM
 from ramlock.commands.common import (
     emit,
     emit_json,
@@ -21,6 +21,7 @@ from ramlock.commands.common import (
 from ramlock.deadline import Deadline
 from ramlock.errors import Refused
 from ramlock.sizes import Size, format_size
+from ramlock.vms import Selector
 
 
 def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -109,7 +110,7 @@ def command(
         allow_probable=allow_probable,
         follow_discards=follow_discards,
     )
-    with install.installed(target, options, os.environ) as (found, outcome):
+    with VM(Selector(pid=target)).injected(options) as (session, outcome):
         now: Any = None
         if size is not None:
             from ramlock.commands.set import place_and_follow
@@ -120,11 +121,11 @@ def command(
                     "try again when the VM has started",
                 )
             wish = guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve)
-            now = place_and_follow(found, wish, Deadline(None), wait=wait, patient=False, force=force)
+            now = place_and_follow(session, wish, Deadline(None), wait=wait, patient=False, force=force)
         if as_json:
             emit_json(_json(outcome))
             return
-        emit(f"{found.label}: {_words(outcome)}")
+        emit(f"{session.label}: {_words(outcome)}")
         emit(f"socket: {outcome.socket}")
         if outcome.unadopted is not None:
             emit(f"locked by a former shim and not taken over: {outcome.unadopted}")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ramlock import survey
+from ramlock.api import VM
 from ramlock.commands.common import emit, read_seconds
 from ramlock.reply import State
 from ramlock.sizes import format_size
@@ -41,7 +42,7 @@ def command(as_json: bool, timeout: float) -> None:
     Every QEMU is listed that this user may see. "resident" and "swapped" are of the whole process, QEMU's own memory
     included.
     """
-    everyone = survey.survey(timeout)
+    everyone = VM.survey(timeout)
     if as_json:
         emit(json.dumps([facts(seen) for seen in everyone]))
     elif everyone:

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 
-from ramlock import admission, guarantee, vms
+from ramlock import guarantee
+from ramlock.api import VM, Session, Show
 from ramlock.commands.common import (
     emit,
     emit_json,
@@ -24,8 +25,6 @@ from ramlock.deadline import Deadline
 from ramlock.errors import ControlError, Interrupted, Short, TimedOut
 from ramlock.reply import Guarantee
 from ramlock.sizes import Size, format_size
-
-Show = Callable[[int, int], None]
 
 
 @click.command()
@@ -75,12 +74,12 @@ def command(
     The guarantee belongs to the VM: Ctrl-C ends the waiting, not the guarantee. Several `set` at once: the last wins,
     also in mid-flight.
     """
-    chosen = selector(pid, vm, socket)
+    machine = VM(selector(pid, vm, socket))
     deadline = Deadline(timeout)
     patience = guarantee.START_TIME if timeout is None else timeout
-    with vms.session(chosen, patience=patience, deadline=deadline) as found:
+    with machine.session(patience=patience, deadline=deadline) as session:
         now = place_and_follow(
-            found,
+            session,
             guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve),
             deadline,
             wait=wait,
@@ -93,13 +92,13 @@ def command(
             if as_json:
                 emit_json(now.raw)
             else:
-                emit(f"{found.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
+                emit(f"{session.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
         except KeyboardInterrupt:
             raise _left(now) from None
 
 
 def place_and_follow(
-    found: vms.Vm,
+    session: Session,
     wish: guarantee.Wish,
     deadline: Deadline,
     *,
@@ -114,19 +113,23 @@ def place_and_follow(
     With `force` it is tried also when it does not seem to fit. With `as_json` the state is also printed when the
     guarantee is not reached; `vouched` as for guarantee.place().
     """
-    gate = admission.Gate(found.pid, wish, force=force, patient=patient, followed=wait, warn=_warn)
-    placed = _place(found, wish, deadline, gate, vouched=vouched)
+    try:
+        placed = session.place(wish, deadline, force=force, patient=patient, followed=wait, warn=_warn, vouched=vouched)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted while the guarantee was being set", "see with ramlock status whether it was"
+        ) from None
     if not wait:
         return placed
     try:
-        with _progress(found.label, placed) as show:
-            return guarantee.follow(found.client, placed, deadline=deadline, patient=patient, show=show, admission=gate)
+        with _progress(session.label, placed) as show:
+            return session.follow(placed, deadline, patient=patient, show=show)
     except KeyboardInterrupt:
         raise _left(placed) from None
     except (Short, TimedOut):
         if as_json:
             with suppress(ControlError):
-                emit_json(guarantee.query(found.client, Deadline(guarantee.LAST_LOOK)).raw)
+                emit_json(guarantee.query(session.vm.client, Deadline(guarantee.LAST_LOOK)).raw)
         raise
 
 
@@ -137,36 +140,8 @@ def _left(placed: Guarantee) -> Interrupted:
     )
 
 
-def _tell(found: vms.Vm, deadline: Deadline) -> guarantee.Tell:
-    def tell_it() -> None:
-        from ramlock import tell  # takes what most VMs need not
-
-        tell.refresh(found, deadline)
-
-    return tell_it
-
-
 def _warn(text: str) -> None:
     click.echo(f"ramlock: {text}", err=True)
-
-
-def _place(
-    found: vms.Vm, wish: guarantee.Wish, deadline: Deadline, gate: admission.Gate, *, vouched: bool
-) -> Guarantee:
-    try:
-        return guarantee.place(
-            found.client,
-            wish,
-            pid=found.pid,
-            deadline=deadline,
-            vouched=vouched,
-            tell=_tell(found, deadline),
-            admission=gate,
-        )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted while the guarantee was being set", "see with ramlock status whether it was"
-        ) from None
 
 
 @contextmanager

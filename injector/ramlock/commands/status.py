@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from ramlock import guarantee, vms
+from ramlock.api import VM
 from ramlock.commands.common import emit, emit_json, json_option, selector, vm_options
-from ramlock.errors import NoPermission, Refused
 from ramlock.reply import Guarantee, State
 from ramlock.sizes import format_size
 from ramlock.text import printable
@@ -31,11 +30,9 @@ def command(pid: int | None, vm: str | None, socket: Path | None, as_json: bool)
     "locked" is what the shim holds locked and has seen in memory. "armed" locks itself when the guest touches it.
     "foreign" was locked by someone else (mem-lock=on, device assignment) and is never released by ramlock.
     """
-    with vms.session(selector(pid, vm, socket)) as found:
-        now = guarantee.query(found.client)
-        if now.told:
-            _tell(found)
-            now = guarantee.query(found.client)
+    with VM(selector(pid, vm, socket)).session() as session:
+        found = session.vm
+        now = session.ask(_warn)
         if as_json:
             emit_json(now.raw)
         else:
@@ -43,14 +40,8 @@ def command(pid: int | None, vm: str | None, socket: Path | None, as_json: bool)
             emit("\n".join([click.style(found.label, bold=True), *uuid, *lines(now)]))
 
 
-def _tell(found: vms.Vm) -> None:
-    """Tell a shim that cannot see guest RAM where it is; that it cannot be told is no reason to show nothing."""
-    from ramlock import tell  # takes what most VMs need not
-
-    try:
-        tell.refresh(found)
-    except (Refused, NoPermission) as error:
-        click.echo(f"ramlock: {printable(error.message, 2000)}", err=True)
+def _warn(text: str) -> None:
+    click.echo(f"ramlock: {printable(text, 2000)}", err=True)
 
 
 def lines(now: Guarantee) -> list[str]:
