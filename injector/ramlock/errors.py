@@ -5,6 +5,7 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
     RamlockError             1  failed
      +-- UsageError          2  the caller's words cannot be understood
      |    +-- SizeError      2    ... a SIZE
+     |    +-- PolicyError    2    ... the file of a policy
      +-- TimedOut            3  the guarantee is set, and not reached in time
      +-- Refused             4  nothing was touched; the former guarantee is intact
      |    +-- CannotPreload  4    ... this program cannot be given the shim
@@ -57,6 +58,10 @@ class UsageError(RamlockError):
 
 class SizeError(UsageError):
     """A text is not a SIZE."""
+
+
+class PolicyError(UsageError):
+    """A policy cannot be read; the message names the line."""
 
 
 class TimedOut(RamlockError):

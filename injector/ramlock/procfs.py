@@ -111,6 +111,12 @@ def usage(pid: int, proc: Path = PROC) -> Usage:
     return Usage(*(int(status.get(field, "0").split()[0]) * 1024 for field in fields))
 
 
+def started(process: Process, proc: Path = PROC) -> float:
+    """Return when a process was started, in seconds since 1970; 0 when the kernel does not say when it booted."""
+    match = re.search(rb"^btime (\d+)$", _bytes(proc / "stat"), re.MULTILINE)
+    return int(match[1]) + process.start_time / os.sysconf("SC_CLK_TCK") if match else 0.0
+
+
 def environ(pid: int, proc: Path = PROC) -> dict[str, str] | None:
     """Return the environment that `pid` was started with; None when we may not know."""
     try:

@@ -17,7 +17,7 @@ ARCHITECTURE = (TOP / "docs" / "architecture.md").read_text()
 FLOORS = [
     {"errors", "streams", "text", "teststeps"},
     {"deadline", "sizes"},
-    {"procfs", "confined", "elf", "control", "reply", "shim", "tracee"},
+    {"procfs", "confined", "elf", "control", "policy", "reply", "shim", "tracee"},
     {"host", "cgroups", "inside", "memory", "priority", "qom", "rights", "x86_64"},
     {"endpoint", "guestram", "kernel", "loaded", "room"},
     {"qemuargs"},
@@ -26,8 +26,8 @@ FLOORS = [
     {"locate"},
     {"eject", "preflight", "tell"},
     {"doctor", "install", "survey"},
-    {"install", "survey"},
     {"api"},
+    {"reconcile"},
     {"commands"},
     {"__main__"},
 ]
