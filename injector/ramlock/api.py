@@ -98,14 +98,21 @@ class Session:
 
     def follow(self, placed: Guarantee, deadline: Deadline, *, patient: bool, show: Show = _unseen) -> Guarantee:
         """Wait until the guarantee `placed` is reached; parameters and errors as of guarantee.follow()."""
-        gate = self._gates.get(placed.generation)
-        if gate is None:
-            from ramlock import admission
-
-            as_it_is = Wish(Size("all") if placed.all else Size("bytes", placed.requested))
-            gate = admission.Gate(self.vm.pid, as_it_is, force=True)
-            gate.check(placed)
+        gate = self._gates.get(placed.generation) or self._gate(placed, followed=True)
         return guarantee.follow(self.vm.client, placed, deadline=deadline, patient=patient, show=show, admission=gate)
+
+    def inform(self, now: Guarantee) -> None:
+        """Tell the shim, whose state is `now`, what its namespace hides from it, good for half a minute."""
+        self._gate(now, followed=False).inform(self.vm.client)
+
+    def _gate(self, now: Guarantee, *, followed: bool) -> guarantee.Admission:
+        """Return what goes with the guarantee as it is; it was admitted when it was set."""
+        from ramlock import admission
+
+        as_it_is = Wish(Size("all") if now.all else Size("bytes", now.requested))
+        gate = admission.Gate(self.vm.pid, as_it_is, force=True, followed=followed)
+        gate.check(now)
+        return gate
 
 
 class VM:

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 from ramlock import host, procfs, room, survey
 from ramlock.api import VM, Session
@@ -18,7 +18,8 @@ from ramlock.deadline import Deadline
 from ramlock.errors import NoAnswer, NotFound, RamlockError, Refused, TimedOut
 from ramlock.guarantee import Wish
 from ramlock.policy import Known, Plan, Policy, Step, decide
-from ramlock.reply import Guarantee
+from ramlock.reply import Guarantee, State
+from ramlock.sizes import format_size
 from ramlock.survey import Seen
 from ramlock.vms import Selector
 
@@ -105,12 +106,32 @@ def follow(step: Step, process: procfs.Process | None, deadline: Deadline, show:
         session.follow(session.ask(), deadline, patient=True, show=show)
 
 
+def inform(step: Step, vm: Seen, beat: Beat = _quiet) -> None:
+    """Tell a shim that works for its guarantee what a cgroup namespace hides from it; others need not be told."""
+    now = vm.guarantee
+    if now is None or now.state not in (State.LOCKING, State.SHORT):
+        return
+    if now.cgroups_seen and not procfs.hides_cgroups(vm.pid):
+        return
+
+    def tell() -> None:
+        with VM(Selector(pid=vm.pid), vm.process).session(deadline=Deadline(LOOK_TIME)) as session:
+            session.inform(now)
+
+    _bounded(tell, step, LOOK_TIME, beat)
+
+
+def shown(step: Step) -> str:
+    """Say what a VM is to have."""
+    return format_size(step.want) + ("" if step.size.kind == "bytes" else f" ({step.size})")
+
+
 def _bounded(work: Callable[[], T], step: Step, seconds: float, beat: Beat) -> T:
     """Do `work` in a thread that is left behind when it takes too long; `beat` is called meanwhile.
 
     What is read of a hostile VM can keep whoever reads it waiting without end. Raises what `work` raises, and NoAnswer.
     """
-    result: list[T] = []
+    result: list[T | None] = []
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -129,7 +150,7 @@ def _bounded(work: Callable[[], T], step: Step, seconds: float, beat: Beat) -> T
         raise failed[0]
     if not result:
         raise NoAnswer(f"{step.vm.label} took too long", "is it stopped? look at it with ramlock list")
-    return result[0]
+    return cast(T, result[0])
 
 
 def libvirts_pids(folder: Path = _LIBVIRT) -> dict[int, tuple[str, float]]:

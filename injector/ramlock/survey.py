@@ -23,6 +23,8 @@ _GRACE = 0.1
 """Seconds by which a VM's own deadline is sooner, so that what it failed with is told and not only that it did."""
 _NAME_MOST = 200
 _SHARED_LEAST = 1 << 20
+_stuck: dict[int, threading.Thread] = {}
+"""Threads that have not come back: whoever looks again and again does not leave one behind each time."""
 
 
 class Seen(NamedTuple):
@@ -71,8 +73,12 @@ def survey(seconds: float = TIME, proc: Path = procfs.PROC) -> list[Seen]:
 
     waiting = set()
     for pid in procfs.candidates(proc):
+        if pid in _stuck and _stuck[pid].is_alive():
+            seen[pid] = Seen(pid, problem="no answer")
+            continue
         try:
-            threading.Thread(target=one, args=(pid,), daemon=True).start()
+            _stuck[pid] = threading.Thread(target=one, args=(pid,), daemon=True)
+            _stuck[pid].start()
             waiting.add(pid)
         except RuntimeError:
             seen[pid] = Seen(pid, problem="there are too many threads to look at it")
@@ -82,6 +88,7 @@ def survey(seconds: float = TIME, proc: Path = procfs.PROC) -> list[Seen]:
         except queue.Empty:
             break
         waiting.discard(pid)
+        _stuck.pop(pid, None)
         seen[pid] = found
     for pid in waiting:
         # Whose executable we may not see was looked at only because it could be one; most are none.

@@ -15,7 +15,7 @@ PACKAGE = TOP / "injector" / "ramlock"
 SHIM = TOP / "shim"
 ARCHITECTURE = (TOP / "docs" / "architecture.md").read_text()
 FLOORS = [
-    {"errors", "streams", "text", "teststeps"},
+    {"errors", "notify", "streams", "text", "teststeps"},
     {"deadline", "sizes"},
     {"procfs", "confined", "elf", "control", "policy", "reply", "shim", "tracee"},
     {"host", "cgroups", "inside", "memory", "priority", "qom", "rights", "x86_64"},
@@ -28,6 +28,7 @@ FLOORS = [
     {"doctor", "install", "survey"},
     {"api"},
     {"reconcile"},
+    {"daemon"},
     {"commands"},
     {"__main__"},
 ]

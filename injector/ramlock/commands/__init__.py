@@ -24,11 +24,12 @@ VERBS = {
     "preflight": "Say whether a VM can be injected, and if not, why.",
     "doctor": "Say what on this host helps or hinders, and what to do.",
     "apply": "Give every VM of this host what a policy says.",
+    "daemon": "Keep every VM of this host as a policy says.",
     "eject": "Take the shim out of a VM that runs.",
 }
 """Every verb and its one line of help; `ramlock --help` needs no more, and loads none of the modules."""
 
-LOOKERS = {"apply", "doctor", "inject", "locate", "preflight"}
+LOOKERS = {"apply", "daemon", "doctor", "inject", "locate", "preflight"}
 """Those that look at much of the VM, and so take CPU time that it may miss."""
 
 
