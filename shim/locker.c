@@ -253,8 +253,10 @@ static enum shortage make_plan(struct locker *l)
 
 static void account(struct locker *l, const struct step *s, const struct outcome *o, bool gone)
 {
-	for (size_t i = 0; i < o->n_holds; i++)
+	for (size_t i = 0; i < o->n_holds; i++) {
 		pacer_record(&l->pacer, o->holds[i]);
+		step_times_record(&l->step_times, o->holds[i]);
+	}
 	if (!range_size(o->done))
 		return;
 	if (s->kind == STEP_LET_GO) {

@@ -87,7 +87,8 @@ struct locker {
 	uint64_t announced; /* the generation whose end was announced, with `announced_layout` */
 	uint64_t announced_layout;
 
-	struct pacer pacer;
+	struct pacer pacer; /* since the guarantee was set */
+	struct step_times step_times;
 	uint64_t began_ns, ended_ns; /* work since the guarantee was set */
 	uint64_t done_bytes;
 	uint64_t filled; /* bytes allocated only because they lay between resident pages */
@@ -194,6 +195,7 @@ struct locker_status {
 	struct locker_block blocks[RAM_BLOCKS_MAX];
 	size_t n_blocks;
 	uint64_t step_max_us, step_p99_us, rate, eta_s, extents, filled;
+	struct step_times step_times;
 	uint64_t memlock_limit; /* UINT64_MAX: unlimited */
 	bool follows; /* memory that the guest gives back is followed */
 	uint64_t given_back; /* bytes of that, as far as is known */

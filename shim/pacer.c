@@ -131,3 +131,14 @@ uint64_t pacer_p99_us(const struct pacer *p)
 	}
 	return bucket_top(i) < p->max_us ? bucket_top(i) : p->max_us;
 }
+
+void step_times_record(struct step_times *t, uint64_t ns)
+{
+	t->count++;
+	t->sum_ns += ns;
+	for (unsigned int i = 0; i < STEP_TIMES; i++)
+		if (ns <= 1000ULL << i) {
+			t->buckets[i]++;
+			return;
+		}
+}

@@ -72,4 +72,15 @@ uint64_t pacer_gap(uint64_t ns);
 /* The 99th percentile of the holds in microseconds, at most 25 % too high; 0 before the first one. */
 uint64_t pacer_p99_us(const struct pacer *p);
 
+/* Of all steps since the start: one bucket for each power of two of microseconds, up to a second. */
+enum { STEP_TIMES = 21 };
+
+struct step_times {
+	uint64_t count;
+	uint64_t sum_ns;
+	uint64_t buckets[STEP_TIMES]; /* [i]: took at most 2^i us, and more than those of [i - 1]; longer ones are in none */
+};
+
+void step_times_record(struct step_times *t, uint64_t ns);
+
 #endif

@@ -36,6 +36,18 @@ static void add_losses(struct json_object *o, const char *key, const struct loss
 	add_size(o, key, sum);
 }
 
+static void add_step_times(struct json_object *o, const struct step_times *t)
+{
+	struct json_object *times = json_object_new_object(), *buckets = json_object_new_array();
+
+	add_size(times, "count", t->count);
+	add_size(times, "sum-us", t->sum_ns / 1000);
+	for (size_t i = 0; i < STEP_TIMES; i++)
+		json_object_array_add(buckets, json_object_new_uint64(t->buckets[i]));
+	add(times, "buckets", buckets);
+	add(o, "step-times", times);
+}
+
 void query_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
 {
 	struct locker_status *s = &c->status;
@@ -70,6 +82,7 @@ void query_ram_minguarantee(struct commands *c, struct json_object *arguments, s
 	add_string(o, "source", c->symbols ? "qemu" : "controller");
 	add_size(o, "step-max-us", s->step_max_us);
 	add_size(o, "step-p99-us", s->step_p99_us);
+	add_step_times(o, &s->step_times);
 	add_size(o, "rate", s->rate);
 	if (s->state == LOCKER_LOCKING || s->state == LOCKER_UNLOCKING)
 		add_size(o, "eta-s", s->eta_s);

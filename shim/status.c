@@ -42,6 +42,7 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 		};
 	s->step_max_us = l->pacer.max_us;
 	s->step_p99_us = pacer_p99_us(&l->pacer);
+	s->step_times = l->step_times;
 	s->rate = end > l->began_ns ? (uint64_t)((double)l->done_bytes * NS_PER_S / (double)(end - l->began_ns)) : 0;
 	if (l->wish.prefault && want >= l->books.held.total)
 		left += l->books.on_fault.total; /* is populated last */

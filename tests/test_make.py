@@ -99,6 +99,6 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         assert package in result.stderr
 
 
-@pytest.mark.parametrize("script", [".ci/deps", ".ci/run", "tests/guest/build"])
+@pytest.mark.parametrize("script", [".ci/deps", ".ci/promtool", ".ci/run", "tests/guest/build"])
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True, timeout=60)

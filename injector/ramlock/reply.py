@@ -12,6 +12,7 @@ from ramlock.errors import ProtocolError
 from ramlock.text import printable
 
 T = TypeVar("T")
+_BUCKETS_MOST = 64
 
 
 class State(enum.Enum):
@@ -42,6 +43,15 @@ class Block(NamedTuple):
     locked: int
     page_size: int
     backing: str
+
+
+class StepTimes(NamedTuple):
+    """How long system calls on guest RAM took, since the shim's start."""
+
+    steps: int
+    sum_us: int
+    buckets: tuple[int, ...]
+    """[i] took at most 2**i microseconds, and longer than those of [i - 1]; longer ones are in `steps` alone."""
 
 
 class Guarantee(NamedTuple):
@@ -79,6 +89,10 @@ class Guarantee(NamedTuple):
     """The reply as it came."""
     told: bool = False
     """Whether the shim cannot see guest RAM itself, and has to be told where it is."""
+    lost: int = 0
+    """Bytes that were lost behind the shim's back since its start."""
+    step_times: StepTimes | None = None
+    """None from a shim that does not tell."""
 
     @property
     def held(self) -> int:
@@ -123,6 +137,8 @@ def parse(reply: object) -> Guarantee:
         launch_error=printable(_get(reply, "launch-error", str)) if "launch-error" in reply else None,
         raw=reply,
         told=reply.get("source") == "controller",
+        lost=_size(reply, "lost", 0),
+        step_times=_step_times(reply["step-times"]) if "step-times" in reply else None,
     )
 
 
@@ -136,6 +152,19 @@ def _block(block: object) -> Block:
         page_size=_size(block, "page-size"),
         backing=printable(_get(block, "backing", str), 40),
     )
+
+
+def _step_times(times: object) -> StepTimes:
+    if not isinstance(times, dict):
+        raise _bad("step-times")
+    buckets = _get(times, "buckets", list)
+    if len(buckets) > _BUCKETS_MOST:
+        raise _bad("step-times")
+    counts = tuple(_size({"buckets": count}, "buckets") for count in buckets)
+    found = StepTimes(_size(times, "count"), _size(times, "sum-us"), counts)
+    if sum(counts) > found.steps:
+        raise _bad("step-times")
+    return found
 
 
 def _why(why: dict[str, Any]) -> Why:

@@ -56,6 +56,24 @@ static void a_step_of_hours_fits(void)
 	CHECK_EQ(p.buckets[PACER_BUCKETS - 1], 1);
 }
 
+static void step_times_are_counted_by_powers_of_two(void)
+{
+	static const uint64_t ns[] = { 0, 1000, 1001, 2000, 1000ULL << 20, (1000ULL << 20) + 1, 1ULL << 60 };
+	struct step_times t = { 0 };
+	uint64_t in_buckets = 0;
+
+	for (size_t i = 0; i < sizeof(ns) / sizeof(ns[0]); i++)
+		step_times_record(&t, ns[i]);
+	CHECK_EQ(t.count, 7);
+	CHECK_EQ(t.buckets[0], 2);
+	CHECK_EQ(t.buckets[1], 2);
+	CHECK_EQ(t.buckets[STEP_TIMES - 1], 1);
+	for (size_t i = 0; i < STEP_TIMES; i++)
+		in_buckets += t.buckets[i];
+	CHECK_EQ(in_buckets, 5);
+	CHECK(t.sum_ns == 0 + 1000 + 1001 + 2000 + 2 * (1000ULL << 20) + 1 + (1ULL << 60));
+}
+
 static void the_gap_is_four_percent_within_bounds(void)
 {
 	CHECK_EQ(pacer_gap(0), 1000);
@@ -211,7 +229,8 @@ static void what_is_absent_is_marked_in_long_steps(void)
 }
 
 CHECK_MAIN(CASE(p99_is_at_most_a_quarter_too_high), CASE(one_step_is_its_own_p99), CASE(a_step_of_hours_fits),
-	   CASE(the_gap_is_four_percent_within_bounds), CASE(chunks_converge_to_the_budget),
+	   CASE(the_gap_is_four_percent_within_bounds),
+	   CASE(step_times_are_counted_by_powers_of_two), CASE(chunks_converge_to_the_budget),
 	   CASE(one_kind_says_nothing_of_another), CASE(a_change_for_the_worse_is_believed_at_once),
 	   CASE(preemption_does_not_make_it_collapse), CASE(chunks_stay_within_bounds),
 	   CASE(a_small_last_step_is_no_evidence), CASE(what_is_absent_is_marked_in_long_steps))

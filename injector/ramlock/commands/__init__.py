@@ -22,6 +22,7 @@ VERBS = {
     "list": "Show every VM on this host.",
     "locate": "Show where guest RAM is in QEMU's memory.",
     "preflight": "Say whether a VM can be injected, and if not, why.",
+    "metrics": "Tell Prometheus of every VM on this host.",
     "doctor": "Say what on this host helps or hinders, and what to do.",
     "apply": "Give every VM of this host what a policy says.",
     "daemon": "Keep every VM of this host as a policy says.",
