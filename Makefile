@@ -35,7 +35,7 @@ built: shim $(INSTALLED)
 help: ## Explain every target
 	@echo 'Begin with "make demo" or "make test". Targets:'
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | sort | awk -F '\t' '{ printf "  %-13s %s\n", $$1, $$2 }'
-	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress), SIZE=8G QUICK=1 KVM=1 (bench), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12, V=1 (show commands)'
+	@echo 'Variables: ARGS="-k word" (test), DURATION=60 (stress, fuzz), SIZE=8G QUICK=1 KVM=1 (bench), DESTDIR= PREFIX=$(PREFIX) (install), PYTHON=python3.12, V=1 (show commands)'
 
 .PHONY: deps
 deps: ## Install what building and testing need, as far as it is missing (apt, as root or by sudo)
@@ -152,6 +152,11 @@ stress: ## Retarget a writing guest for DURATION seconds, 3,000 times under pres
 		RAMLOCK_STRESS_ROUNDS=200 RAMLOCK_STRESS_CHANGES=3000 RAMLOCK_TEST_DEADLINE=3600 \
 		$(PYTHON_BIN) -m pytest -rP tests/qemu/test_concurrency.py tests/qemu/test_retarget.py \
 		tests/victim/test_storm.py tests/qemu/test_inject.py tests/qemu/test_targets.py $(ARGS)
+
+.PHONY: fuzz
+fuzz: ## Fuzz each parser of the shim for DURATION seconds with libFuzzer, under ASan and UBSan
+	@.ci/deps fuzz
+	@+$(AGAIN) fuzz-run DURATION=$(DURATION)
 
 # The package and what it needs go into a folder of their own, so that no system Python is touched.
 LIB := $(PREFIX)/lib/ramlock

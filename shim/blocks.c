@@ -55,10 +55,6 @@ void set_ram_blocks(struct commands *c, struct json_object *arguments, struct qm
 		qmp_fail(r, NULL, "[symbols] this QEMU exports its symbols: guest RAM is found from inside");
 		return;
 	}
-	if (!blocks) {
-		qmp_fail(r, NULL, "Parameter 'blocks' is missing");
-		return;
-	}
 	if (json_object_array_length(blocks) > RAM_BLOCKS_MAX) {
 		qmp_fail(r, NULL, "[maps] there are more than %d blocks", RAM_BLOCKS_MAX);
 		return;

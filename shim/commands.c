@@ -7,6 +7,7 @@
 struct argument {
 	const char *name;
 	json_type type;
+	enum { OPTIONAL, REQUIRED, OR_NEXT /* this or the next one */ } need;
 };
 
 enum { ARGUMENTS_MAX = 7, LEASE_MAX_S = 60 };
@@ -49,9 +50,9 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 		qmp_fail(r, NULL, "Parameter 'size' expects a non-negative number of bytes");
 		return;
 	}
-	wish.lock_ram_size = json_object_get_uint64(size); /* clamped when out of its range: above any guest RAM */
+	wish.lock_ram_size = json_object_get_uint64(size);
 	if (order && !read_order(json_object_get_string(order), &wish.order)) {
-		qmp_fail(r, NULL, "Parameter 'order' does not accept value '%.64s'", json_object_get_string(order));
+		qmp_fail(r, NULL, "Parameter 'order' does not accept value '%s'", json_object_get_string(order));
 		return;
 	}
 	if (prefault)
@@ -85,16 +86,14 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 /* A controller on the host tells what it sees of the cgroups that the process is in. */
 static void set_headroom_limits(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
 {
-	struct json_object *left = NULL;
 	uint64_t bytes = 0;
 	uint32_t seconds = 0;
 
-	json_object_object_get_ex(arguments, "cgroup-left", &left);
-	if (!left || !read_size(arguments, "cgroup-left", &bytes)) {
+	if (!read_size(arguments, "cgroup-left", &bytes)) {
 		qmp_fail(r, NULL, "Parameter 'cgroup-left' expects a non-negative number of bytes");
 		return;
 	}
-	if (!read_number(arguments, "valid-s", 1, LEASE_MAX_S, &seconds) || !seconds) {
+	if (!read_number(arguments, "valid-s", 1, LEASE_MAX_S, &seconds)) {
 		qmp_fail(r, NULL, "Parameter 'valid-s' expects a number of seconds from 1 to %d", LEASE_MAX_S);
 		return;
 	}
@@ -107,22 +106,22 @@ static command_fn query_commands;
 static const struct command table[] = {
 	{ "set_ram_minguarantee",
 	  set_ram_minguarantee,
-	  { { "size", json_type_int },
-	    { "all", json_type_boolean },
-	    { "order", json_type_string },
-	    { "prefault", json_type_boolean },
-	    { "hold-budget", json_type_int },
-	    { "threads", json_type_int },
-	    { "host-reserve", json_type_int } } },
+	  { { "size", json_type_int, OR_NEXT },
+	    { "all", json_type_boolean, OPTIONAL },
+	    { "order", json_type_string, OPTIONAL },
+	    { "prefault", json_type_boolean, OPTIONAL },
+	    { "hold-budget", json_type_int, OPTIONAL },
+	    { "threads", json_type_int, OPTIONAL },
+	    { "host-reserve", json_type_int, OPTIONAL } } },
 	{ "set-headroom-limits",
 	  set_headroom_limits,
-	  { { "cgroup-left", json_type_int }, { "valid-s", json_type_int } } },
+	  { { "cgroup-left", json_type_int, REQUIRED }, { "valid-s", json_type_int, REQUIRED } } },
 	{ "query-ram-minguarantee", query_ram_minguarantee, { { 0 } } },
 	{ "query-ram-blocks", query_ram_blocks, { { 0 } } },
-	{ "set-ram-blocks", set_ram_blocks, { { "blocks", json_type_array } } },
+	{ "set-ram-blocks", set_ram_blocks, { { "blocks", json_type_array, REQUIRED } } },
 	{ "query-ramlock", query_ramlock, { { 0 } } },
-	{ "ramlock-eject", ramlock_eject, { { "keep", json_type_boolean } } },
-	{ "ramlock-adopt", ramlock_adopt, { { "books", json_type_object }, { "wish", json_type_object } } },
+	{ "ramlock-eject", ramlock_eject, { { "keep", json_type_boolean, OPTIONAL } } },
+	{ "ramlock-adopt", ramlock_adopt, { { "books", json_type_object, REQUIRED }, { "wish", json_type_object, REQUIRED } } },
 	{ "query-version", query_version, { { 0 } } },
 	{ "query-commands", query_commands, { { 0 } } },
 };
@@ -145,22 +144,52 @@ static void query_commands(struct commands *c, struct json_object *arguments, st
 		add_command(r->value, table[i].name);
 }
 
-/* Checks the arguments as QEMU checks its own. Returns false with an error in @r. */
+static const struct argument *find_argument(const struct command *command, const char *name)
+{
+	for (const struct argument *a = command->arguments; a->name; a++)
+		if (!strcmp(a->name, name))
+			return a;
+	return NULL;
+}
+
+static bool has(struct json_object *arguments, const char *name)
+{
+	return json_object_object_get_ex(arguments, name, NULL);
+}
+
+/* For QEMU, an integer that does not fit into 64 bits is none. */
+static bool is_too_large(struct json_object *value)
+{
+	return json_object_is_type(value, json_type_int) && json_object_get_int64(value) > 0 &&
+	       json_object_get_uint64(value) > INT64_MAX;
+}
+
+/*
+ * Checks the arguments as QEMU checks its own: first those of the table in its order, then for others. Returns false with an
+ * error in @r.
+ */
 static bool check_arguments(const struct command *command, struct json_object *arguments, struct qmp_reply *r)
 {
-	json_object_object_foreach(arguments, key, value)
-	{
-		const struct argument *a = command->arguments;
+	for (const struct argument *a = command->arguments; a->name; a++) {
+		struct json_object *value;
 
-		while (a->name && strcmp(a->name, key))
-			a++;
-		if (!a->name) {
-			qmp_fail(r, NULL, "Parameter '%.64s' is unexpected", key);
+		if (!json_object_object_get_ex(arguments, a->name, &value)) {
+			if (a->need == OPTIONAL || (a->need == OR_NEXT && has(arguments, a[1].name)))
+				continue;
+			qmp_fail(r, NULL, "Parameter '%s' is missing", a->name);
 			return false;
 		}
-		if (!json_object_is_type(value, a->type)) {
-			qmp_fail(r, NULL, "Invalid parameter type for '%s', expected: %s", key,
+		if (!json_object_is_type(value, a->type) || is_too_large(value)) {
+			qmp_fail(r, NULL, "Invalid parameter type for '%s', expected: %s", a->name,
 				 a->type == json_type_int ? "integer" : json_type_to_name(a->type));
+			return false;
+		}
+	}
+	json_object_object_foreach(arguments, key, value)
+	{
+		(void)value;
+		if (!find_argument(command, key)) {
+			qmp_fail(r, NULL, "Parameter '%s' is unexpected", key);
 			return false;
 		}
 	}
@@ -175,7 +204,7 @@ void commands_run(void *opaque, const char *command, struct json_object *argumen
 				table[i].run(opaque, arguments, reply);
 			return;
 		}
-	qmp_fail(reply, "CommandNotFound", "The command %.64s has not been found", command);
+	qmp_fail(reply, "CommandNotFound", "The command %s has not been found", command);
 }
 
 /* One event for each cause. */

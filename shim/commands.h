@@ -28,6 +28,9 @@ struct commands {
 	struct locker_status status; /* scratch: too large for a thread's stack */
 };
 
+/* The command whose request may be long: three lists of EXTENTS_MAX ranges, each of up to 40 bytes. */
+#define COMMANDS_LONGEST "ramlock-adopt"
+
 /* For struct qmp_server; @opaque is the struct commands. */
 void commands_run(void *opaque, const char *command, struct json_object *arguments, struct qmp_reply *reply);
 

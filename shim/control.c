@@ -272,7 +272,7 @@ int control_listen(struct control *c)
 bool control_drained(const struct control *c)
 {
 	for (size_t i = 0; i < CLIENTS_MAX; i++)
-		if (c->clients[i].fd >= 0 && c->clients[i].qmp.out_size)
+		if (c->clients[i].fd >= 0 && c->clients[i].qmp.out.size)
 			return false;
 	return true;
 }
@@ -303,8 +303,8 @@ static bool flush(struct control *c, struct client *client)
 	struct epoll_event ev = { .data.ptr = client };
 	bool writing;
 
-	while (client->qmp.out_size) {
-		ssize_t n = send(client->fd, client->qmp.out, client->qmp.out_size, MSG_NOSIGNAL | MSG_DONTWAIT);
+	while (client->qmp.out.size) {
+		ssize_t n = send(client->fd, client->qmp.out.data, client->qmp.out.size, MSG_NOSIGNAL | MSG_DONTWAIT);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -316,7 +316,7 @@ static bool flush(struct control *c, struct client *client)
 		}
 		qmp_sent(&client->qmp, (size_t)n);
 	}
-	writing = client->qmp.out_size;
+	writing = client->qmp.out.size;
 	if (!writing && client->ended) {
 		drop(c, client);
 		return false;

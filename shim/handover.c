@@ -131,7 +131,7 @@ void ramlock_adopt(struct commands *c, struct json_object *arguments, struct qmp
 	}
 	json_object_object_get_ex(arguments, "books", &books);
 	json_object_object_get_ex(arguments, "wish", &wish_object);
-	if (!books || !wish_object || !read_wish(wish_object, &wish) || !read_extents(books, "held", &b->held) ||
+	if (!read_wish(wish_object, &wish) || !read_extents(books, "held", &b->held) ||
 	    !read_extents(books, "foreign", &b->foreign) || !read_extents(books, "on-fault", &b->on_fault)) {
 		qmp_fail(r, NULL, "Parameters 'books' and 'wish' expect what ramlock-eject returned");
 		return;

@@ -2,19 +2,20 @@
 /*
  * One QMP session (https://www.qemu.org/docs/master/interop/qmp-spec.html): bytes in, bytes out.
  *
- * Input is parsed incrementally, because clients need not end a request with a newline (qemu.qmp does not). After a
- * syntax error, input is skipped to the next newline, control byte or 0xFF, which no request contains unescaped.
+ * What is not said there, such as the words of errors and where input goes on after garbage, is as in QEMU's own monitor; the
+ * tests hold the same conversations with both.
  */
 #include "qmp.h"
 
 #include <errno.h>
 #include <json-c/json.h>
 #include <stdarg.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+enum { KEPT_MAX = 64 << 10 };
 
 void qmp_fail(struct qmp_reply *reply, const char *error_class, const char *fmt, ...)
 {
@@ -43,78 +44,25 @@ struct json_object *qmp_version(void)
 
 /* ---- Output ---- */
 
-static int reserve(struct qmp *q, size_t more)
-{
-	size_t capacity = q->out_capacity ? q->out_capacity : 1024;
-	char *out;
-
-	if (q->out_size + more > QMP_OUTPUT_MAX)
-		return -ENOBUFS;
-	while (capacity < q->out_size + more)
-		capacity *= 2;
-	if (capacity == q->out_capacity)
-		return 0;
-	out = realloc(q->out, capacity);
-	if (!out)
-		return -ENOMEM;
-	q->out = out;
-	q->out_capacity = capacity;
-	return 0;
-}
-
-/* Decodes one UTF-8 character of a string that json-c has validated or made itself. */
-static const unsigned char *decode(const unsigned char *p, uint32_t *code)
-{
-	int more = *p >= 0xf0 ? 3 : *p >= 0xe0 ? 2 : 1;
-
-	*code = *p++ & (0x3f >> more);
-	while (more-- && (*p & 0xc0) == 0x80)
-		*code = *code << 6 | (*p++ & 0x3f);
-	return p;
-}
-
-/* Appends one line of ASCII: json-c writes UTF-8, and its non-ASCII is always inside strings. Takes over @o. */
+/* Takes over @o. Returns 0, -ENOBUFS or -ENOMEM. */
 static int send_object(struct qmp *q, struct json_object *o)
 {
-	const char *text = json_object_to_json_string_ext(o, JSON_C_TO_STRING_SPACED | JSON_C_TO_STRING_NOSLASHESCAPE);
-	/* A character of 2 to 4 bytes becomes 6 or 12. */
-	int err = text ? reserve(q, 3 * strlen(text) + 3) : -ENOMEM;
+	int err = json_write(&q->out, o);
 
-	if (!err) {
-		char *out = q->out + q->out_size;
-
-		for (const unsigned char *p = (const unsigned char *)text; *p;) {
-			uint32_t code;
-
-			if (*p < 0x80) {
-				*out++ = (char)*p++;
-				continue;
-			}
-			p = decode(p, &code);
-			if (code >= 0x10000) {
-				code -= 0x10000;
-				out += sprintf(out, "\\u%04x", 0xd800 | (code >> 10));
-				code = 0xdc00 | (code & 0x3ff);
-			}
-			out += sprintf(out, "\\u%04x", code);
-		}
-		*out++ = '\r';
-		*out++ = '\n';
-		q->out_size = (size_t)(out - q->out);
-	}
 	json_object_put(o);
 	return err;
 }
 
-static int send_error(struct qmp *q, const struct qmp_reply *r, struct json_object *id)
+/* With the id, where the request has one, before the error as QEMU has it. Takes over @id. */
+static int send_error(struct qmp *q, const struct qmp_reply *r, bool has_id, struct json_object *id)
 {
 	struct json_object *reply = json_object_new_object(), *error = json_object_new_object();
 
+	if (has_id)
+		json_object_object_add(reply, "id", id);
 	json_object_object_add(error, "class", json_object_new_string(r->error_class ? r->error_class : "GenericError"));
 	json_object_object_add(error, "desc", json_object_new_string(r->desc));
 	json_object_object_add(reply, "error", error);
-	if (id)
-		json_object_object_add(reply, "id", json_object_get(id));
 	return send_object(q, reply);
 }
 
@@ -140,8 +88,15 @@ int qmp_event(struct qmp *q, const char *name, struct json_object *data)
 
 void qmp_sent(struct qmp *q, size_t n)
 {
-	memmove(q->out, q->out + n, q->out_size - n);
-	q->out_size -= n;
+	struct json_text *out = &q->out;
+
+	memmove(out->data, out->data + n, out->size - n);
+	out->size -= n;
+	if (!out->size && out->capacity > KEPT_MAX) { /* it is QEMU's memory */
+		free(out->data);
+		out->data = NULL;
+		out->capacity = 0;
+	}
 }
 
 /* ---- Input ---- */
@@ -150,41 +105,70 @@ int qmp_init(struct qmp *q, const struct qmp_server *server)
 {
 	struct json_object *greeting = json_object_new_object(), *qmp = json_object_new_object();
 
-	*q = (struct qmp){ .server = server, .tokener = json_tokener_new_ex(QMP_DEPTH_MAX) };
-	if (q->tokener)
-		json_tokener_set_flags(q->tokener, JSON_TOKENER_STRICT | JSON_TOKENER_ALLOW_TRAILING_CHARS |
-							   JSON_TOKENER_VALIDATE_UTF8);
+	*q = (struct qmp){ .server = server, .out = { .max = QMP_OUTPUT_MAX } };
 	json_object_object_add(qmp, "version", qmp_version());
 	json_object_object_add(qmp, "capabilities", json_object_new_array());
 	json_object_object_add(greeting, "QMP", qmp);
-	return q->tokener ? send_object(q, greeting) : (json_object_put(greeting), -ENOMEM);
+	return send_object(q, greeting);
 }
 
 void qmp_deinit(struct qmp *q)
 {
-	if (q->tokener) /* json-c before 0.17 does not take NULL */
-		json_tokener_free(q->tokener);
-	free(q->out);
+	framing_deinit(&q->in);
+	free(q->out.data);
 	*q = (struct qmp){ 0 };
 }
 
-/* qmp_capabilities: {"enable": [...]} is optional, and we offer nothing to enable. */
-static void negotiate(struct qmp *q, struct json_object *arguments, struct qmp_reply *r)
+/* Checks the arguments of qmp_capabilities as QEMU does. Returns the number of capabilities, or -1 with an error in @r. */
+static int check_capabilities(struct json_object *arguments, struct qmp_reply *r)
 {
+	struct json_object *list = NULL;
+	size_t n = 0;
+
+	if (json_object_object_get_ex(arguments, "enable", &list)) {
+		if (!json_object_is_type(list, json_type_array)) {
+			qmp_fail(r, NULL, "Invalid parameter type for 'enable', expected: array");
+			return -1;
+		}
+		n = json_object_array_length(list);
+	}
+	for (size_t i = 0; i < n; i++) {
+		struct json_object *item = json_object_array_get_idx(list, i);
+
+		if (!json_object_is_type(item, json_type_string)) {
+			qmp_fail(r, NULL, "Invalid parameter type for 'enable[%zu]', expected: string", i);
+			return -1;
+		}
+		if (strcmp(json_object_get_string(item), "oob")) {
+			qmp_fail(r, NULL, "Parameter 'enable[%zu]' does not accept value '%s'", i,
+				 json_object_get_string(item));
+			return -1;
+		}
+	}
 	json_object_object_foreach(arguments, key, value)
 	{
+		(void)value;
 		if (strcmp(key, "enable")) {
 			qmp_fail(r, NULL, "Parameter '%s' is unexpected", key);
-			return;
+			return -1;
 		}
-		if (!json_object_is_type(value, json_type_array)) {
-			qmp_fail(r, NULL, "Invalid parameter type for 'enable', expected: array");
-			return;
-		}
-		if (json_object_array_length(value)) {
-			qmp_fail(r, NULL, "Capability is not available: none is offered");
-			return;
-		}
+	}
+	return (int)n;
+}
+
+static void negotiate(struct qmp *q, struct json_object *arguments, struct qmp_reply *r)
+{
+	int n = check_capabilities(arguments, r);
+
+	if (n < 0)
+		return;
+	if (q->negotiated) {
+		qmp_fail(r, "CommandNotFound", "Capabilities negotiation is already complete, command ignored");
+		return;
+	}
+	if (n) {
+		qmp_fail(r, NULL, "Capability oob not available");
+		return;
 	}
 	q->negotiated = true;
 	r->value = json_object_new_object();
@@ -210,7 +194,7 @@ static bool unpack(struct json_object *request, const char **command, struct jso
 				return false;
 			}
 			*arguments = value;
-		} else if (strcmp(key, "id")) {
+		} else {
 			qmp_fail(r, NULL, "QMP input member '%s' is unexpected", key);
 			return false;
 		}
@@ -229,137 +213,90 @@ static void execute(struct qmp *q, struct json_object *request, struct qmp_reply
 		return;
 	if (!arguments)
 		arguments = none = json_object_new_object();
-	if (!strcmp(command, "qmp_capabilities")) {
-		if (q->negotiated)
-			qmp_fail(r, "CommandNotFound", "Capabilities negotiation is already complete, command ignored");
-		else
-			negotiate(q, arguments, r);
-	} else if (!q->negotiated) {
+	if (!strcmp(command, "qmp_capabilities"))
+		negotiate(q, arguments, r);
+	else if (!q->negotiated)
 		qmp_fail(r, "CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'");
-	} else {
+	else
 		q->server->run(q->server->opaque, command, arguments, r);
-	}
 	json_object_put(none);
 }
 
-static int answer(struct qmp *q, struct json_object *request)
+/* Answers what framing.c has found to be a request. */
+static int answer(struct qmp *q, struct json_object *request, size_t size)
 {
 	struct qmp_reply r = { 0 };
-	struct json_object *reply, *id = NULL;
+	struct json_object *reply, *id = NULL, *command = NULL;
+	bool has_id, may_be_long;
 
 	if (!json_object_is_type(request, json_type_object)) {
 		qmp_fail(&r, NULL, "QMP input must be a JSON object");
-		return send_error(q, &r, NULL);
+		return send_error(q, &r, false, NULL);
 	}
-	json_object_object_get_ex(request, "id", &id);
-	execute(q, request, &r);
+	has_id = json_object_object_get_ex(request, "id", &id);
+	json_object_get(id);
+	json_object_object_del(request, "id");
+	json_object_object_get_ex(request, "execute", &command);
+	may_be_long = q->server->long_command && json_object_is_type(command, json_type_string) &&
+		      !strcmp(json_object_get_string(command), q->server->long_command);
+	if (size > QMP_REQUEST_MAX && !may_be_long)
+		qmp_fail(&r, NULL, "JSON token size limit exceeded");
+	else
+		execute(q, request, &r);
 	if (!r.value)
-		return send_error(q, &r, id);
+		return send_error(q, &r, has_id, id);
 	reply = json_object_new_object();
 	json_object_object_add(reply, "return", r.value);
-	if (id)
-		json_object_object_add(reply, "id", json_object_get(id));
+	if (has_id)
+		json_object_object_add(reply, "id", id);
 	return send_object(q, reply);
 }
 
-static int syntax_error(struct qmp *q, const char *what)
+static int parse(struct qmp *q)
+{
+	struct json_object *request;
+	struct qmp_reply r;
+	char desc[sizeof(r.desc) - sizeof("JSON parse error, ")];
+	int err;
+
+	if (!json_parse(q->in.text, &request, desc, sizeof(desc))) {
+		qmp_fail(&r, NULL, "JSON parse error, %s", desc);
+		return send_error(q, &r, false, NULL);
+	}
+	err = answer(q, request, q->in.size);
+	json_object_put(request);
+	return err;
+}
+
+/* Answers what the input came to, other than to FRAMING_MORE. */
+static int take(struct qmp *q, enum framing_result result)
 {
 	struct qmp_reply r;
 
-	json_tokener_reset(q->tokener);
-	q->request_size = 0;
-	q->quote = 0;
-	q->skipping = true;
-	qmp_fail(&r, NULL, "JSON parse error, %s", what);
-	return send_error(q, &r, NULL);
-}
-
-static bool is_space(char c)
-{
-	return c == ' ' || c == '\t' || c == '\r' || c == '\n';
-}
-
-/* Where input can begin again: a control byte (a newline is one) or 0xFF. */
-static bool is_reset(char c)
-{
-	return (unsigned char)c < 0x20 || (unsigned char)c == 0xff;
-}
-
-/*
- * How many bytes of @data can be given to json-c, which accepts raw control bytes in strings: all up to one of those.
- * Advances @quote: the quote of the string that the input is in, or'ed with ESCAPED after a backslash there; 0 outside.
- */
-static size_t before_bad_control(const char *data, size_t size, int *quote)
-{
-	enum { ESCAPED = 0x100 };
-
-	for (size_t i = 0; i < size; i++) {
-		char c = data[i];
-
-		if (*quote && (unsigned char)c < 0x20)
-			return i;
-		if (*quote & ESCAPED)
-			*quote &= ~ESCAPED;
-		else if (*quote && c == '\\')
-			*quote |= ESCAPED;
-		else if (*quote && c == *quote)
-			*quote = 0;
-		else if (!*quote && (c == '"' || c == '\''))
-			*quote = c;
-	}
-	return size;
+	if (result == FRAMING_REQUEST)
+		return parse(q);
+	if (result == FRAMING_NO_MEMORY)
+		return -ENOMEM;
+	if (result == FRAMING_STRAY)
+		qmp_fail(&r, NULL, "JSON parse error, stray '%s'", q->in.text + q->in.token);
+	else
+		qmp_fail(&r, NULL, "JSON %s limit exceeded", result == FRAMING_TOO_DEEP ? "nesting depth" : "token size");
+	return send_error(q, &r, false, NULL);
 }
 
 int qmp_feed(struct qmp *q, const char *data, size_t size)
 {
+	size_t max = q->server->long_command ? QMP_LONG_MAX : QMP_REQUEST_MAX, used;
 	int err = 0;
 
 	while (size && !err) {
-		enum json_tokener_error state;
-		struct json_object *request;
-		size_t part, used;
-		int quote = q->quote;
+		enum framing_result result = framing_feed(&q->in, data, size, &used, max, QMP_DEPTH_MAX);
 
-		if (q->skipping) {
-			q->skipping = !is_reset(*data);
-			data++, size--;
-			continue;
-		}
-		if (!q->request_size && (is_space(*data) || is_reset(*data))) {
-			data++, size--; /* between requests */
-			continue;
-		}
-		part = size < QMP_REQUEST_MAX - q->request_size ? size : QMP_REQUEST_MAX - q->request_size;
-		if (!part) {
-			err = syntax_error(q, "a request is longer than 128 KiB");
-			continue;
-		}
-		part = before_bad_control(data, part, &quote);
-		if (!part) {
-			err = syntax_error(q, "a control byte in a string");
-			continue;
-		}
-		request = json_tokener_parse_ex(q->tokener, data, (int)part);
-		state = json_tokener_get_error(q->tokener);
-		used = json_tokener_get_parse_end(q->tokener);
-		if (state == json_tokener_continue) {
-			q->request_size += part;
-			q->quote = quote;
-			data += part, size -= part;
-			continue;
-		}
-		if (state != json_tokener_success) {
-			/* The offending byte may be the very one that input can begin again with. */
-			data += used, size -= used;
-			err = syntax_error(q, state == json_tokener_error_depth ? "a request is nested too deeply" :
-										   json_tokener_error_desc(state));
-			continue;
-		}
 		data += used, size -= used;
-		q->request_size = 0;
-		q->quote = 0;
-		err = answer(q, request);
-		json_object_put(request);
+		if (result == FRAMING_MORE)
+			break;
+		err = take(q, result);
+		framing_next(&q->in);
 	}
 	return err;
 }

@@ -6,12 +6,12 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-struct json_object;
-struct json_tokener;
+#include "framing.h"
+#include "json.h"
 
 enum {
-	/* Bytes of one request. The longest is ramlock-adopt: three lists of EXTENTS_MAX ranges, each of up to 40 bytes. */
-	QMP_REQUEST_MAX = 128 << 10,
+	QMP_REQUEST_MAX = 64 << 10, /* bytes of one request, spaces between its tokens not counted */
+	QMP_LONG_MAX = 128 << 10, /* ... of `long_command` */
 	QMP_DEPTH_MAX = 32, /* levels of nesting */
 	QMP_OUTPUT_MAX = 1 << 20, /* bytes that may wait for a slow reader */
 };
@@ -20,24 +20,21 @@ enum {
 struct qmp_reply {
 	struct json_object *value; /* NULL: an error */
 	const char *error_class; /* NULL: GenericError */
-	char desc[512];
+	char desc[1024];
 };
 
 struct qmp_server {
 	/* Runs @command; @arguments is an object, never NULL. */
 	void (*run)(void *opaque, const char *command, struct json_object *arguments, struct qmp_reply *reply);
 	void *opaque;
+	const char *long_command; /* the one whose request may have QMP_LONG_MAX bytes; NULL: none */
 };
 
 struct qmp {
 	const struct qmp_server *server;
-	struct json_tokener *tokener;
-	size_t request_size; /* bytes of the request so far */
-	int quote; /* the string that the request is in the middle of; see qmp.c */
+	struct framing in; /* the request so far */
+	struct json_text out; /* bytes for the peer */
 	bool negotiated; /* qmp_capabilities was executed */
-	bool skipping; /* after a syntax error, until a place to begin again */
-	char *out; /* bytes for the peer */
-	size_t out_size, out_capacity;
 };
 
 /* Returns 0, or -ENOMEM. The session begins with the greeting in `out`. */

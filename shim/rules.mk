@@ -41,12 +41,48 @@ SHIM_TEST_OBJECTS := $(SHIM_TEST_UNITS:shim/%.c=$(SHIM_BUILD)/sanitized/%.o)
 SHIM_TEST_CFLAGS  := $(filter-out -O2,$(SHIM_CFLAGS)) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all \
                      -fno-omit-frame-pointer -Ishim
 
-.PHONY: shim-tests
-shim-tests: $(SHIM_TESTS)
+# Parsers of what comes from outside, fuzzed: tests/shim/fuzz_NAME.c, each with the inputs in tests/shim/corpus/NAME. The
+# tests run these and FUZZ_RUNS inputs made of them by gcc's sanitizers; `make fuzz` needs clang.
+FUZZED      := $(filter-out main,$(patsubst tests/shim/fuzz_%.c,%,$(wildcard tests/shim/fuzz_*.c)))
+FUZZ_BUILD  := build/fuzz
+FUZZ_RUNS   ?= 2000
+CLANG       ?= clang
+FUZZ_CFLAGS := $(filter-out $(SHIM_WARNINGS) -O2,$(SHIM_CFLAGS)) -O1 -fno-omit-frame-pointer -Ishim \
+               -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+FUZZ_LIMITS := -timeout=10 -rss_limit_mb=1024 -max_len=2048 -print_final_stats=1
 
-test-shim: ## Run the shim's C units under ASan and UBSan
+.PHONY: shim-tests
+shim-tests: $(SHIM_TESTS) $(FUZZED:%=$(SHIM_BUILD)/tests/fuzz_%)
+
+test-shim: ## Run the shim's C units, and its parsers over bad input, under ASan and UBSan
 	@+$(MAKE) --silent --jobs=$(JOBS) shim-tests
 	@set -e; for t in $(SHIM_TESTS); do $$t; done
+	@set -e; for f in $(FUZZED); do $(SHIM_BUILD)/tests/fuzz_$$f tests/shim/corpus/$$f $(FUZZ_RUNS); done
+
+$(SHIM_BUILD)/tests/fuzz_%: tests/shim/fuzz_%.c tests/shim/fuzz_main.c $(wildcard tests/shim/*.h) $(SHIM_TEST_OBJECTS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
+	$(CC) $(SHIM_TEST_CFLAGS) -o $@ $< tests/shim/fuzz_main.c $(SHIM_TEST_OBJECTS) $(JSONC_LIBS) -lpthread -ldl
+
+.PHONY: fuzzers
+fuzzers: $(FUZZED:%=$(FUZZ_BUILD)/%)
+
+# New inputs stay in build/fuzz/corpus, and one that fails in build/fuzz.
+.PHONY: fuzz-run
+fuzz-run:
+	@+$(MAKE) --silent --jobs=$(JOBS) fuzzers
+	@set -e; for f in $(FUZZED); do \
+		mkdir -p $(FUZZ_BUILD)/corpus/$$f; echo "$$f for $(DURATION) s"; \
+		$(FUZZ_BUILD)/$$f $(FUZZ_LIMITS) -max_total_time=$(DURATION) -artifact_prefix=$(FUZZ_BUILD)/$$f- \
+			-dict=tests/shim/fuzz.dict $(FUZZ_BUILD)/corpus/$$f tests/shim/corpus/$$f 2>$(FUZZ_BUILD)/$$f.log || \
+			{ tail -n 40 $(FUZZ_BUILD)/$$f.log; exit 1; }; \
+		sed -n 's/^stat::\(number_of_executed_units\|new_units_added\): */  \1 /p' $(FUZZ_BUILD)/$$f.log; \
+	done
+
+$(FUZZ_BUILD)/%: tests/shim/fuzz_%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_UNITS:shim/%.c=$(FUZZ_BUILD)/units/%.o) shim/rules.mk
+	$(CLANG) $(FUZZ_CFLAGS) -fsanitize=fuzzer -o $@ $< $(SHIM_TEST_UNITS:shim/%.c=$(FUZZ_BUILD)/units/%.o) $(JSONC_LIBS) -lpthread -ldl
+
+$(FUZZ_BUILD)/units/%.o: shim/%.c shim/rules.mk injector/ramlock/__init__.py
+	@mkdir -p $(@D)
+	$(CLANG) $(FUZZ_CFLAGS) -MMD -MP -c -o $@ $<
 
 $(SHIM_BUILD)/tests/%: tests/shim/%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_OBJECTS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
 	$(CC) $(SHIM_TEST_CFLAGS) -Wl,-z,relro,-z,now -o $@ $< $(SHIM_TEST_OBJECTS) $(JSONC_LIBS) -lpthread -ldl
@@ -64,4 +100,4 @@ $(SHIM_BUILD)/linted/%: shim/%.c shim/rules.mk injector/ramlock/__init__.py | $(
 $(SHIM_BUILD) $(SHIM_BUILD)/tests $(SHIM_BUILD)/sanitized $(SHIM_BUILD)/linted:
 	mkdir -p $@
 
--include $(SHIM_OBJECTS:.o=.d) $(SHIM_TEST_OBJECTS:.o=.d) $(SHIM_SOURCES:shim/%.c=$(SHIM_BUILD)/linted/%.d)
+-include $(SHIM_OBJECTS:.o=.d) $(SHIM_TEST_OBJECTS:.o=.d) $(SHIM_TEST_UNITS:shim/%.c=$(FUZZ_BUILD)/units/%.d) $(SHIM_SOURCES:shim/%.c=$(SHIM_BUILD)/linted/%.d)

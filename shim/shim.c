@@ -207,7 +207,7 @@ static int start(struct shim *s)
 	s->commands.injected = s->injected;
 	s->commands.started_ns = &s->started_ns;
 	s->commands.base = dladdr(s, &self) ? (uint64_t)(uintptr_t)self.dli_fbase : 0;
-	s->server = (struct qmp_server){ commands_run, &s->commands };
+	s->server = (struct qmp_server){ commands_run, &s->commands, COMMANDS_LONGEST };
 	atomic_store(&s->active, true);
 	err = control_init(&s->control, &s->config, &s->server);
 	if (!err)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -47,14 +48,54 @@ def test_commands(shim: Monitor) -> None:
     assert {entry["name"] for entry in shim.execute("query-commands")} == set(COMMANDS)
 
 
+GOOD: dict[str, Any] = {"size": 1, "cgroup-left": 1, "valid-s": 1, "blocks": [], "books": {}, "wish": {}}
+"""A value of the right type for each argument that something cannot be asked without."""
+
+
+def arguments(command: str) -> tuple[set[str], set[str]]:
+    """The arguments that the page names for a command: all of them, and those that are said to be optional."""
+    text = COMMANDS[command][0]
+    names = r"`([a-z-]+)(?:: true)?`(?=[ ,:;]|$)"
+    must, _, may = text.partition("optional")
+    return set(re.findall(names, must + may)), set(re.findall(names, may))
+
+
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "qmp_capabilities"])
 def test_arguments(shim: Monitor, command: str) -> None:
     """Each argument that the page names is known to the command, by its complaint about the type; no other is."""
-    for argument in re.findall(r"`([a-z-]+)(?:: true)?`(?=[ ,]|$)", COMMANDS[command][0]):
-        with pytest.raises(MonitorError, match=f"Invalid parameter type for '{argument}'"):
-            shim.execute(command, {argument: None})
+    named, optional = arguments(command)
+    needed = {name: GOOD[name] for name in named - optional if name != "all"}
+    for name in named:
+        with pytest.raises(MonitorError, match=f"Invalid parameter type for '{name}'"):
+            shim.execute(command, {**needed, name: None})
+    for name in needed:
+        with pytest.raises(MonitorError, match=f"Parameter '{name}' is missing"):
+            shim.execute(command, {other: value for other, value in needed.items() if other != name})
     with pytest.raises(MonitorError, match="Parameter 'nonsense' is unexpected"):
-        shim.execute(command, {"nonsense": 1})
+        shim.execute(command, {**needed, "nonsense": 1})
+
+
+def test_the_shims_code_knows_no_other_argument() -> None:
+    rows = re.findall(r'\{ "([a-z_-]+)",\s+\w+,\s+\{ (.*?) \} \}', (ROOT / "shim/commands.c").read_text(), re.DOTALL)
+    assert {name for name, _ in rows} == set(COMMANDS) - {"qmp_capabilities"}
+    for name, text in rows:
+        assert set(re.findall(r'\{ "([a-z-]+)"', text)) == arguments(name)[0], name
+
+
+@pytest.mark.parametrize("command", ["query-version", "query-commands", "set_ram_minguarantee"])
+def test_returned_members(shim: Monitor, command: str) -> None:
+    """What the page says that a command returns, in the forms {}, {"a", "b"} and [{"a"}]."""
+    reply = shim.execute(command, {"size": 0} if command == "set_ram_minguarantee" else None)
+    text = COMMANDS[command][1]
+    if command == "query-version":
+        assert text == "as `version` in the greeting"
+        assert reply == shim.greeting["version"]
+    elif command == "query-commands":
+        assert text == '`[{"name"}]`'
+        assert {member for entry in reply for member in entry} == {"name"}
+    else:
+        assert text == "`{}`"
+        assert reply == {}
 
 
 def test_members(shim: Monitor) -> None:

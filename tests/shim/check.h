@@ -39,6 +39,16 @@ static unsigned int check_failures;
 		}                                                                                       \
 	} while (0)
 
+#define CHECK_STR(got, want)                                                                              \
+	do {                                                                                              \
+		const char *check_text = (got), *check_other = (want);                                    \
+		if (!check_text || strcmp(check_text, check_other)) {                                     \
+			fprintf(stderr, "%s:%d: %s: not \"%s\" but: %s\n", __FILE__, __LINE__, __func__, \
+				check_other, check_text ? check_text : "(null)");                         \
+			check_failures++;                                                                 \
+		}                                                                                         \
+	} while (0)
+
 struct check_case {
 	const char *name;
 	void (*run)(void);

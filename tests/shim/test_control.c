@@ -36,7 +36,7 @@ static void run(void *opaque, const char *command, struct json_object *arguments
 	reply->value = json_object_get(arguments);
 }
 
-static const struct qmp_server server = { run, NULL };
+static const struct qmp_server server = { run, NULL, NULL };
 
 static void *serve(void *arg)
 {

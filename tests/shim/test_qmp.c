@@ -15,10 +15,10 @@ static void run(void *opaque, const char *command, struct json_object *arguments
 	if (!strcmp(command, "echo"))
 		reply->value = json_object_get(arguments);
 	else
-		qmp_fail(reply, "CommandNotFound", "The command %.64s has not been found", command);
+		qmp_fail(reply, "CommandNotFound", "The command %s has not been found", command);
 }
 
-static const struct qmp_server server = { run, NULL };
+static const struct qmp_server server = { run, NULL, "long" };
 static struct qmp q;
 
 /* Feeds @text and returns what came out, until the next call. */
@@ -28,11 +28,11 @@ static const char *talk_bytes(const char *text, size_t size)
 	size_t n;
 
 	CHECK_EQ(qmp_feed(&q, text, size), 0);
-	n = q.out_size < sizeof(out) - 1 ? q.out_size : sizeof(out) - 1;
+	n = q.out.size < sizeof(out) - 1 ? q.out.size : sizeof(out) - 1;
 	if (n)
-		memcpy(out, q.out, n);
+		memcpy(out, q.out.data, n);
 	out[n] = '\0';
-	qmp_sent(&q, q.out_size);
+	qmp_sent(&q, q.out.size);
 	return out;
 }
 
@@ -50,8 +50,8 @@ static void begin(void)
 static void greets_first_in_one_line(void)
 {
 	CHECK_EQ(qmp_init(&q, &server), 0);
-	CHECK(q.out_size > 2 && !memcmp(q.out + q.out_size - 2, "\r\n", 2));
-	CHECK(memchr(q.out, '\n', q.out_size) == q.out + q.out_size - 1);
+	CHECK(q.out.size > 2 && !memcmp(q.out.data + q.out.size - 2, "\r\n", 2));
+	CHECK(memchr(q.out.data, '\n', q.out.size) == q.out.data + q.out.size - 1);
 	CHECK_CONTAINS(talk(""), "\"package\": \"ramlock ");
 	qmp_deinit(&q);
 }
@@ -77,7 +77,7 @@ static void a_byte_at_a_time_and_all_at_once(void)
 		CHECK_EQ(*out, 0);
 		out = talk_bytes(text + i, 1);
 	}
-	CHECK_CONTAINS(out, "\"return\": { \"a\": 1 }, \"id\": \"x\"");
+	CHECK_CONTAINS(out, "{\"return\": {\"a\": 1}, \"id\": \"x\"}\r\n");
 	out = talk("{\"execute\":\"echo\",\"id\":1}{\"execute\":\"echo\",\"id\":2}\n\n {\"execute\":\"echo\",\"id\":3}");
 	CHECK_CONTAINS(out, "\"id\": 1");
 	CHECK_CONTAINS(out, "\"id\": 2");
@@ -122,23 +122,58 @@ static void goes_on_after_garbage(void)
 	qmp_deinit(&q);
 }
 
-static void limits(void)
+/* A request with an id of @size bytes. */
+static const char *long_request(const char *command, size_t size)
 {
-	static char text[QMP_REQUEST_MAX * 2];
-	const char *out;
+	static char text[QMP_LONG_MAX * 3];
+	size_t n = (size_t)sprintf(text, "{\"execute\":\"%s\",\"id\":\"", command);
+
+	memset(text + n, 'x', size);
+	strcpy(text + n + size, "\"}");
+	return text;
+}
+
+static void a_long_request_is_one_error(void)
+{
+	begin();
+	runs = 0;
+	CHECK(strstr(talk(long_request("echo", QMP_REQUEST_MAX - 32)), "{\"return\""));
+	CHECK_EQ(runs, 1);
+	talk(long_request("echo", QMP_REQUEST_MAX));
+	CHECK_EQ(runs, 1);
+	talk(long_request("long", QMP_LONG_MAX - 100));
+	CHECK_EQ(runs, 2);
+	CHECK_STR(talk(long_request("long", QMP_LONG_MAX * 2)),
+		  "{\"error\": {\"class\": \"GenericError\", \"desc\": \"JSON token size limit exceeded\"}}\r\n");
+	CHECK_CONTAINS(talk("{\"execute\":\"echo\"}"), "\"return\"");
+	/* Space between tokens is not a part of it. */
+	CHECK_STR(talk("{\"execute\""), "");
+	for (int i = 0; i < 100; i++)
+		CHECK_STR(talk("                                                                                "), "");
+	CHECK_CONTAINS(talk(":\"echo\"}"), "\"return\"");
+	qmp_deinit(&q);
+}
+
+static void a_deep_request_is_one_error(void)
+{
+	char text[400] = "{\"execute\":\"echo\",\"id\":";
+	size_t n = strlen(text);
 
 	begin();
-	memset(text, ' ', sizeof(text));
-	memcpy(text, "{\"execute\":\"echo\",\"id\":\"", 24);
-	memset(text + 24, 'x', sizeof(text) - 26);
-	text[sizeof(text) - 2] = '\n';
-	text[sizeof(text) - 1] = '\0';
-	out = talk(text);
-	CHECK_CONTAINS(out, "longer than 128 KiB");
+	memset(text + n, '[', QMP_DEPTH_MAX - 1);
+	memset(text + n + QMP_DEPTH_MAX - 1, ']', QMP_DEPTH_MAX - 1);
+	strcpy(text + n + 2 * QMP_DEPTH_MAX - 2, "}");
+	CHECK_CONTAINS(talk(text), "\"return\"");
+	memset(text + n, '[', 100);
+	memset(text + n + 100, ']', 100);
+	strcpy(text + n + 200, "}");
+	CHECK_STR(talk(text),
+		  "{\"error\": {\"class\": \"GenericError\", \"desc\": \"JSON nesting depth limit exceeded\"}}\r\n");
 	CHECK_CONTAINS(talk("{\"execute\":\"echo\"}"), "\"return\"");
+	/* What is never closed ends with a byte that no request has. */
 	memset(text, '[', 100);
-	strcpy(text + 100, "\n");
-	CHECK_CONTAINS(talk(text), "nested too deeply");
+	strcpy(text + 100, "\xff");
+	CHECK_CONTAINS(talk(text), "limit exceeded");
 	CHECK_CONTAINS(talk("{\"execute\":\"echo\"}"), "\"return\"");
 	qmp_deinit(&q);
 }
@@ -151,7 +186,7 @@ static void a_slow_reader_is_bounded(void)
 	for (int i = 0; i < 100000 && !err; i++)
 		err = qmp_feed(&q, "{\"execute\":\"echo\"}", 18);
 	CHECK_EQ(err, -ENOBUFS);
-	CHECK(q.out_size <= QMP_OUTPUT_MAX);
+	CHECK(q.out.size <= QMP_OUTPUT_MAX);
 	qmp_deinit(&q);
 }
 
@@ -161,7 +196,7 @@ static void output_is_ascii(void)
 
 	begin();
 	out = talk("{\"execute\":\"echo\",\"id\":\"\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 / \\u0000\"}");
-	CHECK_CONTAINS(out, "\"id\": \"\\u00e9 \\u20ac \\ud83d\\ude00 / \\u0000\"");
+	CHECK_CONTAINS(out, "\"id\": \"\\u00E9 \\u20AC \\uD83D\\uDE00 / \\u0000\"");
 	for (; *out; out++)
 		CHECK((unsigned char)*out < 0x80);
 	qmp_deinit(&q);
@@ -172,10 +207,10 @@ static void events_come_after_negotiation(void)
 	CHECK_EQ(qmp_init(&q, &server), 0);
 	talk("");
 	CHECK_EQ(qmp_event(&q, "E", json_object_new_object()), 0);
-	CHECK_EQ(q.out_size, 0);
+	CHECK_EQ(q.out.size, 0);
 	talk("{\"execute\":\"qmp_capabilities\"}");
 	CHECK_EQ(qmp_event(&q, "E", json_object_new_object()), 0);
-	CHECK_CONTAINS(talk(""), "{ \"event\": \"E\", \"data\": { }, \"timestamp\": { \"seconds\": ");
+	CHECK_CONTAINS(talk(""), "{\"event\": \"E\", \"data\": {}, \"timestamp\": {\"seconds\": ");
 	qmp_deinit(&q);
 }
 
@@ -193,7 +228,7 @@ static void random_pieces(void)
 
 		if (qmp_feed(&q, piece, strlen(piece) + (rand() % 20 == 0)))
 			break;
-		qmp_sent(&q, q.out_size);
+		qmp_sent(&q, q.out.size);
 	}
 	talk("\"\n"); /* a newline inside a string is an error, and then all is open again */
 	CHECK_CONTAINS(talk("\n{\"execute\":\"echo\",\"id\":9}"), "\"id\": 9");
@@ -201,6 +236,7 @@ static void random_pieces(void)
 }
 
 CHECK_MAIN(CASE(greets_first_in_one_line), CASE(nothing_before_negotiation), CASE(a_byte_at_a_time_and_all_at_once),
-	   CASE(bad_requests_get_an_error_with_their_id), CASE(goes_on_after_garbage), CASE(limits),
+	   CASE(bad_requests_get_an_error_with_their_id), CASE(goes_on_after_garbage), CASE(a_long_request_is_one_error),
+	   CASE(a_deep_request_is_one_error),
 	   CASE(a_slow_reader_is_bounded), CASE(output_is_ascii), CASE(events_come_after_negotiation),
 	   CASE(random_pieces))
