@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -109,6 +111,28 @@ def virsh(*args: str, check: bool = True) -> str:
 
 
 @contextmanager
+def kvm_for_its_group() -> Iterator[None]:
+    """/dev/kvm as distributions have it, for the time being.
+
+    libvirt finds KVM with root's rights. Where its user may not use it, libvirt takes that for a change, and learns
+    anew what QEMU can do, for seconds, at every start of a VM.
+    """
+    kvm = "/dev/kvm"
+    try:
+        former, group = os.stat(kvm), grp.getgrnam("kvm").gr_gid
+    except (OSError, KeyError):
+        yield
+        return
+    try:
+        os.chown(kvm, -1, group)
+        os.chmod(kvm, 0o660)
+        yield
+    finally:
+        os.chown(kvm, -1, former.st_gid)
+        os.chmod(kvm, stat.S_IMODE(former.st_mode))
+
+
+@contextmanager
 def daemons(directory: Path, env: Mapping[str, str] | None = None) -> Iterator[Daemon]:
     """A libvirtd that answers; `env` is for one that is not there yet."""
     for command in ("libvirtd", "virtlogd", "virsh"):
@@ -118,6 +142,7 @@ def daemons(directory: Path, env: Mapping[str, str] | None = None) -> Iterator[D
         # Another run of these tests must not come to use daemons that this one will stop.
         lock = stack.enter_context(Path("/run/lock/ramlock-test-libvirt").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
+        stack.enter_context(kvm_for_its_group())
         logs = Daemon("virtlogd", "/run/libvirt/virtlogd-sock", directory)
         stack.callback(logs.stop)
         daemon = Daemon("libvirtd", "/run/libvirt/libvirt-sock", directory, env)

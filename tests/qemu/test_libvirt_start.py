@@ -239,7 +239,6 @@ def test_what_virsh_does(libvirtd: Daemon, place: Path) -> None:
         name = domain.name
         settle(domain)
         balloon(domain, MEMORY // 1024 - 64 * 1024)
-        balloon(domain, MEMORY // 1024)
         domain.check_holds(SIZE)
 
         stats = virsh("domstats", name)
