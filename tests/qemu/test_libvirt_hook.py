@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.guest import ROOT
+from tests.qemu.conftest import assert_holds
+from tests.qemu.guest import MIB, RAMLOCK, ROOT, Guest
 
 EXAMPLES = ROOT / "examples/libvirt"
 UUID = "5d744f21-ba4a-4d6e-bdb2-30a35ff3207d"
@@ -35,7 +36,7 @@ class Asked:
         self._ramlock.chmod(0o755)
         (folder / "status").write_text("6")
 
-    def by(self, operation: str, xml: str, wait: float = 20) -> list[str]:
+    def by(self, operation: str, xml: str, wait: int = 20) -> list[str]:
         (self.folder / "asked").write_text("")
         env = {
             "PATH": f"{self.folder}:/usr/bin:/bin",
@@ -43,7 +44,7 @@ class Asked:
             "RAMLOCK_HOOK_WAIT": str(wait),
         }
         command = [str(EXAMPLES / "hook"), "web", *operation.split(), "-"]
-        result = subprocess.run(command, input=xml, capture_output=True, text=True, timeout=25, env=env, check=True)
+        result = subprocess.run(command, input=xml, capture_output=True, text=True, timeout=60, env=env, check=True)
         assert (result.stdout, result.stderr) == ("", "")
         assert not self.log.exists() or "Traceback" not in self.log.read_text()
         return (self.folder / "asked").read_text().splitlines()
@@ -85,11 +86,32 @@ def test_when_it_is_asked_for(asked: Asked) -> None:
     assert [line.split()[0] for line in asked.by("reconnect begin", xml)] == ["status"]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"PATH": "/none"},
+        {"RAMLOCK_HOOK_LOG": "/none/log"},
+        {"RAMLOCK_HOOK_LOG": "/"},
+        {"RAMLOCK_HOOK_LOG": "/dev/full"},
+        {"RAMLOCK_HOOK_WAIT": "soon"},
+        {"RAMLOCK_HOOK_WAIT": "08"},
+        {"RAMLOCK_HOOK_WAIT": "-1"},
+    ],
+    ids=lambda setting: " ".join("=".join(pair) for pair in setting.items()),
+)
+def test_it_never_fails(tmp_path: Path, setting: dict[str, str]) -> None:
+    env = {"PATH": "/usr/bin:/bin", "RAMLOCK_HOOK_LOG": str(tmp_path / "log"), **setting}
+    for xml in (domain_xml("4096"), "<domain"):
+        command = ["/bin/sh", str(EXAMPLES / "hook"), "web", "started", "begin", "-"]
+        result = subprocess.run(command, input=xml, capture_output=True, text=True, timeout=60, env=env, check=False)
+        assert (result.returncode, result.stdout) == (0, "")
+
+
 def test_a_slow_injection_holds_no_start_up(asked: Asked) -> None:
     """The hook is back before it, and leaves it to itself."""
     (asked.folder / "slow").touch()
     began = time.monotonic()
-    asked.by("started begin", domain_xml("4096"), 0.2)
+    asked.by("started begin", domain_xml("4096"), 1)
     took = time.monotonic() - began
     pid = asked.folder / "pid"
     while not pid.exists() or not pid.read_text().endswith("\n"):
@@ -98,3 +120,20 @@ def test_a_slow_injection_holds_no_start_up(asked: Asked) -> None:
     os.kill(int(pid.read_text()), signal.SIGTERM)
     assert took < 30
     assert "goes on by itself" in asked.log.read_text()
+
+
+@pytest.mark.usefixtures("lockable", "root")
+def test_a_vm_that_waits_for_its_migration(tmp_path: Path) -> None:
+    """libvirt calls `started` on the host that a VM comes to before the VM has come: so it is already injected then."""
+    size = 6 * MIB
+    log = tmp_path / "log"
+    env = {"PATH": f"{RAMLOCK.parent}:{os.environ['PATH']}", "RAMLOCK_HOOK_LOG": str(log), "RAMLOCK_HOOK_WAIT": "30"}
+    with Guest(how="plain", memory=128 * MIB, args=["-incoming", "defer", "-uuid", UUID]) as guest:
+        command = [str(EXAMPLES / "hook"), "web", "started", "begin", "-"]
+        xml = domain_xml(str(size), " unit='bytes'")
+        result = subprocess.run(command, input=xml, capture_output=True, text=True, timeout=60, env=env, check=True)
+        assert result.stdout == ""
+        assert f"{size}B guaranteed" in log.read_text()
+        guest.settle()
+        assert_holds(guest, size)
+        assert guest.monitor.execute("query-status")["status"] == "inmigrate"

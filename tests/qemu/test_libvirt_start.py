@@ -225,6 +225,35 @@ def test_a_hook_in_trouble(libvirtd: Daemon, hook: Hook, trouble: str) -> None:
         hook.install(f"{RAMLOCK.parent}:{os.environ['PATH']}")
 
 
+def test_a_hard_limit_of_libvirts(libvirtd: Daemon) -> None:
+    """virsh memtune leaves too little: it is refused and the VM lives; it leaves more: it is held."""
+    with running(metadata="") as domain:
+        used = memory_used(domain.pid)
+        virsh("memtune", domain.name, "--hard-limit", str(used // 1024 + 32 * 1024), "--live")
+        assert ramlock("inject", "--vm", domain.name).returncode == 0
+        result = ramlock("set", SIZE, "--order", "address", "--vm", domain.name)
+        assert result.returncode in (4, 5), result
+        assert "cgroup" in result.stderr, result.stderr
+        domain.check_unharmed()
+        virsh("memtune", domain.name, "--hard-limit", str(used // 1024 + 512 * 1024), "--live")
+        assert ramlock("set", SIZE, "--order", "address", "--vm", domain.name, "--timeout", 60).returncode == 0
+        domain.check_holds(SIZE)
+        domain.check_unharmed()
+
+
+def memory_used(pid: int) -> int:
+    """Bytes that the memory cgroup of libvirt's for this process counts."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return int(Path(f"/sys/fs/cgroup/memory{path}/memory.usage_in_bytes").read_text())
+        for folder in (path, os.path.dirname(path)):
+            file = Path(f"/sys/fs/cgroup{folder}/memory.current")
+            if not controllers and file.exists():
+                return int(file.read_text())
+    pytest.skip("libvirt has no memory cgroup here")
+
+
 def test_what_virsh_does(libvirtd: Daemon, place: Path) -> None:
     """A booted guest with a balloon: every verb of virsh's works with the shim in, and the guarantee holds."""
     for file in (KERNEL, INITRAMFS):
