@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 __extension__ typedef unsigned __int128 u128;
@@ -150,13 +151,33 @@ static bool parse_uid(const char *text, uid_t *out)
 	return parse_number(text, 0, UINT32_MAX - 1, out);
 }
 
+static bool is_of(const char *path, uid_t uid)
+{
+	struct stat st;
+
+	return !stat(path, &st) && st.st_uid == uid;
+}
+
+/*
+ * The uid that started this process, or 0. One that root starts as another user, as libvirt does, shares that uid with other
+ * VMs, and they are not to reach it. A person's processes come from one of theirs, or have a runtime directory.
+ */
+static uid_t launcher(void)
+{
+	const char *runtime = getenv("XDG_RUNTIME_DIR");
+	char parent[64];
+
+	snprintf(parent, sizeof(parent), "/proc/%d", (int)getppid());
+	return is_of(parent, getuid()) || (runtime && is_of(runtime, getuid())) ? getuid() : 0;
+}
+
 static void config_read(struct config *c, config_get_fn *get, void *opaque, void (*warn)(const char *fmt, ...))
 {
 	const char *text, *why;
 
 	memset(c, 0, sizeof(*c));
 	c->prefault = true;
-	c->owner = getuid();
+	c->owner = launcher();
 
 	text = get(opaque, "RAMLOCK_GUARANTEE");
 	if (text && *text && guarantee_parse(text, &c->guarantee, &why)) {

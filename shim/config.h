@@ -25,7 +25,7 @@ struct config {
 	uint32_t threads;
 	uint64_t host_reserve; /* bytes; 0: the usual */
 	char socket[sizeof(((struct sockaddr_un *)0)->sun_path)]; /* empty: the usual place */
-	uid_t owner; /* may always connect */
+	uid_t owner; /* who started QEMU, as far as that is no other VM: may always connect */
 	bool has_allow_uid;
 	uid_t allow_uid; /* may connect too */
 };

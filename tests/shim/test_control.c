@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -237,6 +238,71 @@ static void many_clients_at_once(void)
 	end();
 }
 
+/* A process that has no descriptor left: who is connected is served, and others are as soon as there is one. */
+static void no_descriptor_left_is_waited_out(void)
+{
+	struct rlimit former, none;
+	int first, fds[64], n = 0, late;
+
+	begin();
+	first = negotiate();
+	late = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	CHECK_EQ(getrlimit(RLIMIT_NOFILE, &former), 0);
+	none = former;
+	none.rlim_cur = (rlim_t)late + 1;
+	CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+	while (n < 64 && (fds[n] = dup(first)) >= 0)
+		n++;
+	CHECK(n < 64);
+	{
+		struct sockaddr_un address = { .sun_family = AF_UNIX };
+		struct timeval deadline = { .tv_sec = 10 };
+
+		snprintf(address.sun_path, sizeof(address.sun_path), "%s", config.socket);
+		CHECK_EQ(connect(late, (struct sockaddr *)&address, sizeof(address)), 0);
+		setsockopt(late, SOL_SOCKET, SO_RCVTIMEO, &deadline, sizeof(deadline));
+	}
+	for (int i = 0; i < 3; i++) {
+		say(first, "{\"execute\":\"x\",\"id\":5}");
+		CHECK_CONTAINS(read_line(first), "\"id\": 5");
+		usleep(10000);
+	}
+	CHECK_EQ(setrlimit(RLIMIT_NOFILE, &former), 0);
+	CHECK_CONTAINS(read_line(late), "QMP");
+	while (n--)
+		close(fds[n]);
+	close(late);
+	close(first);
+	end();
+}
+
+/* Many that begin a request and never end it, each as long as it may be: bounded, and nobody else waits. */
+static void requests_without_end_are_bounded(void)
+{
+	static char text[QMP_LONG_MAX * 2];
+	int fds[CLIENTS_MAX - 1], other;
+
+	begin();
+	memset(text, 'x', sizeof(text));
+	memcpy(text, "{\"execute\":\"", 12);
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+		fds[i] = negotiate();
+		CHECK_EQ(send(fds[i], text, sizeof(text), MSG_NOSIGNAL), sizeof(text));
+	}
+	other = negotiate();
+	say(other, "{\"execute\":\"x\",\"id\":5}");
+	CHECK_CONTAINS(read_line(other), "\"id\": 5");
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+		CHECK_CONTAINS(read_line(fds[i]), "limit exceeded");
+		say(fds[i], "\xff{\"execute\":\"x\",\"id\":6}");
+		CHECK_CONTAINS(read_line(fds[i]), "stray");
+		CHECK_CONTAINS(read_line(fds[i]), "\"id\": 6");
+		close(fds[i]);
+	}
+	close(other);
+	end();
+}
+
 static void replies_come_after_the_end_of_file(void)
 {
 	int fd;
@@ -354,6 +420,7 @@ static void a_stale_socket_is_replaced_but_nothing_else(void)
 }
 
 CHECK_MAIN(CASE(the_file_is_private), CASE(an_allowed_uid_can_reach_it), CASE(the_kernel_says_who_may_connect),
-	   CASE(many_clients_at_once), CASE(guests_cannot_lock_the_owner_out), CASE(replies_come_after_the_end_of_file),
+	   CASE(many_clients_at_once), CASE(guests_cannot_lock_the_owner_out), CASE(no_descriptor_left_is_waited_out),
+	   CASE(requests_without_end_are_bounded), CASE(replies_come_after_the_end_of_file),
 	   CASE(a_client_that_reads_nothing_is_dropped), CASE(half_a_request_keeps_nobody_waiting),
 	   CASE(peers_that_vanish_do_no_harm), CASE(a_stale_socket_is_replaced_but_nothing_else))
