@@ -43,7 +43,7 @@ except (ConnectionResetError, BrokenPipeError):
 
 def say(path: Path, uid: int) -> str:
     """What a process of that uid, without any capability, gets for setting the guarantee to nothing."""
-    command = [sys.executable, "-I", "-c", SAY, path, str(uid)]
+    command = [sys.executable, "-I", "-c", SAY, str(path), str(uid)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return result.stdout.strip()
 
