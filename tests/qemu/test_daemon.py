@@ -55,7 +55,7 @@ class Service:
 
     def start(self) -> None:
         environ = {**os.environ, "NOTIFY_SOCKET": self._address, "WATCHDOG_USEC": "60000000"}
-        words = [*self._prefix, str(RAMLOCK), "daemon", "--policy", str(self.policy), "--interval", "2"]
+        words = [*self._prefix, str(RAMLOCK), "daemon", "--policy", str(self.policy), "--interval", "1"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(words, env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         self.told("READY=1")

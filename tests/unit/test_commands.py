@@ -82,7 +82,7 @@ def test_every_verb_has_the_help_that_the_list_says(run: Run, verb: str) -> None
 
 def test_every_module_is_a_verb() -> None:
     modules = {path.stem for path in Path(commands.__path__[0]).glob("*.py")}
-    assert modules == {*commands.VERBS, "__init__", "common"}
+    assert modules == {*commands.VERBS, "__init__", "common", "screen"}
 
 
 def test_help_loads_no_verb() -> None:
