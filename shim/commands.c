@@ -122,6 +122,7 @@ static const struct command table[] = {
 	{ "query-ramlock", query_ramlock, { { 0 } } },
 	{ "ramlock-eject", ramlock_eject, { { "keep", json_type_boolean, OPTIONAL } } },
 	{ "ramlock-adopt", ramlock_adopt, { { "books", json_type_object, REQUIRED }, { "wish", json_type_object, REQUIRED } } },
+	{ "ramlock-follow-discards", ramlock_follow_discards, { { 0 } } },
 	{ "query-version", query_version, { { 0 } } },
 	{ "query-commands", query_commands, { { 0 } } },
 };

@@ -16,7 +16,7 @@ typedef void command_fn(struct commands *c, struct json_object *arguments, struc
 
 command_fn query_ram_minguarantee, query_ram_blocks, query_version, query_ramlock;
 command_fn set_ram_blocks;
-command_fn ramlock_eject, ramlock_adopt;
+command_fn ramlock_eject, ramlock_adopt, ramlock_follow_discards;
 
 static inline void add(struct json_object *o, const char *key, struct json_object *value)
 {

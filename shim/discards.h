@@ -10,10 +10,8 @@
 #include <stdint.h>
 
 #include "extents.h"
+#include "followed.h"
 #include "layout.h"
-
-/* The unit in which locks are given up: 2 MiB. */
-enum { DISCARDS_CHUNK = 2 << 20 };
 
 /*
  * There is one of all this in a process, since a redirected call brings no context. All but the redirected calls themselves are
@@ -29,10 +27,10 @@ int discards_follow(void (*notify)(void *opaque), void *opaque);
 /* Undoes that, and waits until no thread is in a redirected call, at most a second. Any thread, when the lock thread has ended. */
 void discards_unfollow(void);
 
-/* Follows the blocks of @l from now on; what was given back of others is forgotten. */
-void discards_set_layout(const struct ram_layout *l);
+/* Follows the blocks of @l from now on; what was given back of other memory is forgotten. @maps is /proc/self/maps. */
+void discards_set_layout(const struct ram_layout *l, int maps);
 
-/* @r is locked by us, or is not: in whole chunks. Before it is locked, and after it is unlocked. */
+/* @r is locked by us, or is not: in whole chunks of DISCARDS_CHUNK. Before it is locked, and after it is unlocked. */
 void discards_set_ours(struct range r, bool ours);
 
 /* Whether memory that is not locked is to be told of too, because it may be had again. */

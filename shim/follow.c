@@ -66,6 +66,7 @@ static void set_up(struct locker *l)
 {
 	static struct ram_layout layout; /* the thread's own copy */
 	static struct extents ours;
+	int err;
 
 	l->followed_layout = l->layout_generation;
 	layout = l->layout;
@@ -73,11 +74,12 @@ static void set_up(struct locker *l)
 	for (size_t i = 0; i < l->books.foreign.n; i++)
 		extents_remove(&ours, l->books.foreign.v[i]);
 	pthread_mutex_unlock(&l->mutex);
-	discards_set_layout(&layout);
+	discards_set_layout(&layout, l->maps);
 	for (size_t i = 0; i < ours.n; i++)
 		discards_set_ours(ours.v[i], true);
-	l->follow_error = discards_follow(l->discarded, l->opaque);
+	err = discards_follow(l->discarded, l->opaque);
 	pthread_mutex_lock(&l->mutex);
+	l->follow_error = err;
 }
 
 /* How many ranges @e has when @r is taken out. */
@@ -93,12 +95,18 @@ static size_t count_without(const struct extents *e, struct range r)
 	return n;
 }
 
-/* @chunk, made larger until giving it up leaves few enough ranges. */
+/* The unit in which locks of a block are given up. */
+static uint64_t unit_of(const struct ram_block *b)
+{
+	return b->page_size > DISCARDS_CHUNK ? b->page_size : DISCARDS_CHUNK;
+}
+
+/* @chunk, made larger until it is whole pages, and giving it up leaves few enough ranges. */
 static struct range enlarge(const struct locker *l, const struct ram_block *b, struct range chunk)
 {
-	struct range r = chunk;
+	struct range r = { 0, 0 };
 
-	for (uint64_t size = 2 * DISCARDS_CHUNK; count_without(&l->books.held, r) > RUNS_MAX; size *= 2) {
+	for (uint64_t size = unit_of(b); !range_size(r) || count_without(&l->books.held, r) > RUNS_MAX; size *= 2) {
 		r.start = chunk.start / size * size;
 		r.end = r.start + size;
 		if (r.start < b->host.start)
@@ -111,9 +119,11 @@ static struct range enlarge(const struct locker *l, const struct ram_block *b, s
 	return r;
 }
 
-/* Gives up what is ours of @r, in one block; with the mutex given up meanwhile. */
-static void give_up(struct locker *l, struct range r, bool mergeable)
+/* Gives up what is ours of @r, in a block such as @b; with the mutex given up meanwhile. */
+static void give_up(struct locker *l, struct range r, const struct ram_block *b)
 {
+	const uint64_t unit = unit_of(b);
+	const bool mergeable = b->mergeable;
 	struct range part, foreign;
 
 	for (; extents_part(&l->books.held, r, &part); r.start = part.end) {
@@ -124,8 +134,8 @@ static void give_up(struct locker *l, struct range r, bool mergeable)
 			}
 			part.end = foreign.start;
 		}
-		if (range_size(part) > DISCARDS_CHUNK)
-			part.end = (part.start / DISCARDS_CHUNK + 1) * DISCARDS_CHUNK;
+		if (range_size(part) > unit)
+			part.end = (part.start / unit + 1) * unit;
 		if (books_full(&l->books))
 			return; /* the next look tells */
 		upkeep_begin_piece(l, part);
@@ -179,7 +189,7 @@ void follow_run(struct locker *l)
 			continue;
 		b = layout_find(&l->layout, chunk); /* the mutex was given up */
 		if (b)
-			give_up(l, enlarge(l, b, chunk), b->mergeable);
+			give_up(l, enlarge(l, b, chunk), b);
 	}
 	l->follow_next_ns = now_ns() + GATHER_NS;
 	if (l->books.held.total >= held && !l->hungry)

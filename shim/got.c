@@ -203,6 +203,8 @@ int got_redirect(struct got *g, const struct got_redirection *redirections, size
 	if (loads == g->loads)
 		return 0;
 	dl_iterate_phdr(redirect_object, &r);
+	if (r.err)
+		g->loads = 0; /* to be tried again */
 	return r.err;
 }
 

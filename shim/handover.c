@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* ramlock-eject and ramlock-adopt: how a shim leaves, and how another one in the same process takes over what it held. */
+/*
+ * ramlock-eject and ramlock-adopt: how a shim leaves, and how another one in the same process takes over what it held; and
+ * what whoever finds a shim may want of it besides.
+ */
 #include "commands_inside.h"
 
 #include <errno.h>
@@ -115,6 +118,18 @@ static bool read_wish(struct json_object *o, struct wish *wish)
 	       read_number(o, "hold-budget", HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &wish->hold_budget_us) &&
 	       read_number(o, "threads", 1, THREADS_MAX, &wish->threads) &&
 	       read_size(o, "host-reserve", &wish->host_reserve);
+}
+
+/* Answers at once; query-ram-minguarantee tells when it is so. */
+void ramlock_follow_discards(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	(void)arguments;
+	if (c->eject) {
+		qmp_fail(r, NULL, "the shim is leaving");
+		return;
+	}
+	locker_follow(c->locker);
+	r->value = json_object_new_object();
 }
 
 /* Takes over what "ramlock-eject keep" of another shim in this process returned. */

@@ -47,6 +47,8 @@ void locker_init(struct locker *l, void (*notify)(void *opaque), void *opaque)
 	l->wish = (struct wish){ .prefault = true, .hold_budget_us = HOLD_BUDGET_US, .threads = 1 };
 	stepper_init(&l->stepper);
 	upkeep_init(&l->upkeep);
+	l->follow_error = -EAGAIN;
+	l->maps = -1;
 	pthread_mutex_init(&l->mutex, NULL);
 	clock_cond_init(&l->wake);
 	clock_cond_init(&l->step_done);

@@ -4,6 +4,7 @@
 #define RAMLOCK_LOCKER_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -98,8 +99,9 @@ struct locker {
 
 	/* Called on QEMU's threads when there are discards to look at: is to have follow_wake() called. */
 	void (*discarded)(void *opaque);
-	bool follows; /* goes along with memory that the guest gives back; does not change */
-	int follow_error; /* why QEMU's discards do not all come to us; 0: they do */
+	atomic_bool follows; /* goes along with memory that the guest gives back; set for good */
+	int follow_error; /* why QEMU's discards do not all come to us, as -errno; 0: they do */
+	int maps; /* /proc/self/maps, for that; -1: none */
 
 	/* The thread's own. */
 	uint64_t followed_layout; /* the layout_generation that discards are followed in */
@@ -144,6 +146,12 @@ void locker_suspend(struct locker *l, const char *why);
  * main thread. Returns whether some of it was locked by us. A step that takes longer is past its mlock2() then, and only populates.
  */
 bool locker_remove(struct locker *l, struct range gone);
+
+/* Goes along with memory that the guest gives back from now on, which takes a moment, or until guest RAM is known. */
+void locker_follow(struct locker *l);
+
+/* Whether it does, so that QEMU can discard what is locked. */
+bool locker_follows(struct locker *l);
 
 /* Whether nothing is held and nothing is wished for. */
 bool locker_is_released(struct locker *l);

@@ -109,7 +109,7 @@ static void look(void *opaque)
 		if (!s->watching)
 			s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
 		atomic_store(&s->dirty, false);
-		if (qemu_walk(&layout, &outlook))
+		if (qemu_walk(&layout, locker_follows(&s->locker), &outlook))
 			shim_warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
 		postcopy = qemu_is_postcopy_target();
 		locker_suspend(&s->locker, postcopy ? POSTCOPY : NULL);

@@ -222,6 +222,7 @@ struct walk {
 	struct ram_layout *layout;
 	struct ram_layout before; /* the last listing */
 	struct qemu_outlook *outlook;
+	bool can_discard;
 	int err;
 };
 
@@ -263,6 +264,7 @@ static int append_plugged(struct walk *w, RAMBlock *rb, const struct backend *e)
 		others[i] = w->backends.v[i].mr;
 	if (virtio_mem_list(e, others, w->backends.n, &parts, &may_lock))
 		return 0;
+	may_lock |= w->can_discard;
 	w->layout->left_out += may_lock ? parts.left_out : parts.total;
 	if (!may_lock && o->n_wanted < sizeof(o->wanted) / sizeof(o->wanted[0])) {
 		o->wanted[o->n_wanted].device = e->device;
@@ -291,7 +293,7 @@ static int add_block(RAMBlock *rb, void *opaque)
 	return 0;
 }
 
-int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook)
+int qemu_walk(struct ram_layout *l, bool can_discard, struct qemu_outlook *outlook)
 {
 	static struct walk w; /* too large for QEMU's stack; bottom halves never run in parallel */
 
@@ -300,6 +302,7 @@ int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook)
 	l->private = false;
 	w.layout = l;
 	w.outlook = outlook;
+	w.can_discard = can_discard;
 	w.err = 0;
 	outlook->n_wanted = 0;
 	backends_find(&w.backends);

@@ -58,8 +58,11 @@ struct qemu_outlook {
 	size_t n_wanted;
 };
 
-/* Bottom half only: lists guest RAM. Returns 0, or -E2BIG when there are too many blocks. */
-int qemu_walk(struct ram_layout *l, struct qemu_outlook *outlook);
+/*
+ * Bottom half only: lists guest RAM. What a guest wants to give back is left out, unless it can although it is locked (@can_discard).
+ * Returns 0, or -E2BIG when there are too many blocks.
+ */
+int qemu_walk(struct ram_layout *l, bool can_discard, struct qemu_outlook *outlook);
 
 /* Bottom half only: nothing of @device, one of those wanted, is locked any more. */
 void qemu_let_go(void *device);

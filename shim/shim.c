@@ -142,6 +142,7 @@ static void *control_run(void *arg)
 	}
 	stepper_open(&s->locker.stepper, "");
 	pushed_open(&s->pushed);
+	s->locker.maps = s->pushed.maps;
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
 		err = control_bind(&s->control, shim_warn); /* without a socket a launch guarantee still holds */
@@ -196,7 +197,7 @@ static int start(struct shim *s)
 	s->locker.look = look_before_plan;
 	s->locker.refresh = look_and_wait;
 	s->locker.discarded = look_gave_back;
-	s->locker.follows = s->config.follow_discards;
+	atomic_store(&s->locker.follows, s->config.follow_discards);
 	pushed_init(&s->pushed);
 	s->commands.locker = &s->locker;
 	s->commands.symbols = s->qemu.symbols;

@@ -190,6 +190,24 @@ bool locker_remove(struct locker *l, struct range gone)
 	return ours;
 }
 
+void locker_follow(struct locker *l)
+{
+	pthread_mutex_lock(&l->mutex);
+	atomic_store(&l->follows, true);
+	pthread_cond_signal(&l->wake);
+	pthread_mutex_unlock(&l->mutex);
+}
+
+bool locker_follows(struct locker *l)
+{
+	bool yes;
+
+	pthread_mutex_lock(&l->mutex);
+	yes = l->follows && !l->follow_error;
+	pthread_mutex_unlock(&l->mutex);
+	return yes;
+}
+
 bool locker_wants_more(struct locker *l)
 {
 	bool more;

@@ -49,6 +49,8 @@ from ramlock.text import printable
 
 SOCKET_TIME = 10.0
 """Seconds that the shim has to listen, counted from when it was started; QEMU's main loop may be busy."""
+FOLLOW_TIME = 5.0
+"""Seconds that the shim has to begin to follow discards; its lock thread may be in a long step."""
 _POLL_FIRST, _POLL_MOST = 0.001, 0.02
 _SURE = 10
 """Looks in a row that show no thread of the shim, which names its threads a little after they begin."""
@@ -92,6 +94,8 @@ class Outcome(NamedTuple):
     """µs of it that it was stopped by us."""
     replaced: str | None = None
     """The version that was upgraded."""
+    follows: bool = False
+    """Whether QEMU's discards of guest RAM are followed, or will be when guest RAM is known."""
     unadopted: str | None = None
     """Why the books of an upgrade that was broken off could not be taken over; they are kept."""
 
@@ -112,9 +116,11 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
             place.sweep()
             plan = _plan(report, pin, process)
             found, outcome = _install(stack, plan, options, None)
-            yield found, outcome._replace(unadopted=_adopt_kept(found, plan.process))
+            unadopted = _adopt_kept(found, plan.process)
+            yield found, outcome._replace(unadopted=unadopted, follows=_follow(found, options))
         elif options.upgrade and (new := _plan_upgrade(vm, pin, process, options, environ)):
-            yield _upgrade(stack, vm, *new)
+            found, outcome = _upgrade(stack, vm, *new)
+            yield found, outcome._replace(follows=_follow(found, new[1]))
         else:
             try:
                 source = tell.check(vm, process, None, allow_probable=options.allow_probable)
@@ -122,8 +128,39 @@ def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterato
                 source = "qemu"
             unadopted = _adopt_kept(vm, process)
             where = place.from_here(process, vm.client.where)
-            yield vm, Outcome(where, True, version(vm), source, unadopted=unadopted)
+            follows = _follow(vm, options)
+            yield vm, Outcome(where, True, version(vm), source, follows=follows, unadopted=unadopted)
         step("end")
+
+
+def _follow(vm: vms.Vm, options: Options) -> bool:
+    """Have the shim follow QEMU's discards, if that is asked for; return whether it is.
+
+    Raises Refused when it is too old for that, and ControlError when it cannot.
+    """
+    if not options.follow_discards:
+        return False
+    if _ask(vm, "query-ram-minguarantee").get("follow-discards") is True:
+        return True
+    try:
+        vm.client.execute("ramlock-follow-discards", deadline=Deadline(vms.ANSWER_TIME))
+    except CommandError as error:
+        if error.error_class != "CommandNotFound":
+            raise
+        raise Refused(
+            f"ramlock {version(vm)} is in this VM already, and can follow discards only from its start on",
+            "replace it with --upgrade; what is locked stays locked",
+        ) from None
+    deadline = Deadline(FOLLOW_TIME)
+    # One that does not know guest RAM yet begins when it does.
+    while (now := guarantee.query(vm.client)).state is not reply.State.WAITING and not now.raw["follow-discards"]:
+        if deadline.expired:
+            raise ControlError(
+                "QEMU's discards cannot be followed: not all of its calls can be redirected",
+                "the shim is in the VM all the same; locked memory that the guest gives back stays with it",
+            )
+        time.sleep(_POLL_MOST)
+    return True
 
 
 def _look(pid: int, environ: Mapping[str, str], socket: str | None, options: Options) -> preflight.Preflight:

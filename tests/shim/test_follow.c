@@ -1,29 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Memory that is given back while it is locked, on real memory: this program's own calls are redirected as QEMU's are. */
-#include "check.h"
 #include "discards.h"
 #include "follow.h"
-#include "locker.h"
+#include "locking.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
 
 /* What is given back in the very step that fills its range may be filled again. */
 enum { IN_FLIGHT = 8 << 20 };
-enum { MIB = 1 << 20, BLOCK = 64 * MIB, DEADLINE_S = 6, PAGE = 4096 };
+enum { PAGE = 4096, BEFORE = 6 * MIB };
 
-static struct locker locker;
-static struct ram_layout layout;
-static struct locker_status status;
-static char text[SHORT_TEXT];
 static char *private, *shared; /* the two blocks */
-
-static void note(void *opaque)
-{
-	(void)opaque;
-}
+static int shared_fd; /* of the second, which begins at BEFORE */
 
 /* QEMU has a control thread for that. */
 static void discarded(void *opaque)
@@ -32,9 +22,9 @@ static void discarded(void *opaque)
 	follow_wake(&locker);
 }
 
-static char *map(int flags)
+static char *map(int flags, int fd, off_t offset)
 {
-	char *p = mmap(NULL, BLOCK, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS, -1, 0);
+	char *p = mmap(NULL, BLOCK, PROT_READ | PROT_WRITE, flags, fd, offset);
 
 	if (p == MAP_FAILED)
 		abort();
@@ -48,37 +38,25 @@ static void set(uint64_t size)
 	CHECK_EQ(locker_set(&locker, &w, text), 0);
 }
 
-static void begin(uint64_t size)
+static void prepare(void)
 {
-	static bool started;
-	pthread_t thread;
-
-	if (!started) {
-		started = true;
-		locker_init(&locker, note, NULL);
-		locker.follows = true;
-		locker.discarded = discarded;
-		stepper_open(&locker.stepper, "");
-		private = map(MAP_PRIVATE);
-		shared = map(MAP_SHARED);
-		layout.n = 2;
-		for (size_t i = 0; i < layout.n; i++) {
-			char *p = i ? shared : private;
-
-			layout.v[i] = (struct ram_block){ .id = "ram", .page_size = PAGE, .shared = i > 0 };
-			layout.v[i].host = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + BLOCK };
-		}
-		layout_finish(&layout);
-		locker_set_layout(&locker, &layout);
-		if (pthread_create(&thread, NULL, locker_run, &locker))
-			abort();
-	}
-	set(size);
+	locker.discarded = discarded;
+	locker.maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	shared_fd = memfd_create("test", MFD_CLOEXEC);
+	CHECK_EQ(ftruncate(shared_fd, BEFORE + BLOCK + MIB), 0);
+	private = map(MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	shared = map(MAP_SHARED, shared_fd, BEFORE);
+	layout.n = 2;
+	layout.v[0] = (struct ram_block){ .id = "ram", .page_size = PAGE, .host = range_at(private, BLOCK) };
+	layout.v[1] = (struct ram_block){ .id = "ram", .page_size = PAGE, .host = range_at(shared, BLOCK), .shared = true };
+	layout_finish(&layout);
+	locker_set_layout(&locker, &layout);
 }
 
-static uint64_t vm_locked(void)
+static void begin(uint64_t size)
 {
-	return (uint64_t)headroom_vm_locked(&locker.stepper.headroom);
+	locking_start(nothing_to_tell, prepare);
+	set(size);
 }
 
 static uint64_t resident(void)
@@ -88,23 +66,6 @@ static uint64_t resident(void)
 	for (size_t i = 0; i < layout.n; i++)
 		sum += BLOCK - audit_absent(locker.stepper.pagemap, layout.v[i].host);
 	return sum;
-}
-
-static bool is_settled(void)
-{
-	locker_query(&locker, &status);
-	return status.state == LOCKER_IDLE || status.state == LOCKER_SHORT;
-}
-
-static void wait_settled(enum locker_state state)
-{
-	time_t deadline = time(NULL) + DEADLINE_S;
-
-	/* What was noted is looked at a little later. */
-	do
-		usleep(1000);
-	while ((discards_pending() || !is_settled()) && time(NULL) < deadline);
-	CHECK_EQ(status.state, state);
 }
 
 /* What was noted is looked at a little later, so waits for what is to come of it. */
@@ -131,6 +92,18 @@ static void end(void)
 	CHECK_EQ(discards_total(), 0);
 }
 
+static void only_when_asked_for(void)
+{
+	begin(2 * BLOCK);
+	wait_idle();
+	CHECK(madvise(private, PAGE, MADV_DONTNEED) == -1 && errno == EINVAL);
+	CHECK(!locker_follows(&locker) && !status.follows);
+	locker_follow(&locker);
+	EVENTUALLY(locker_follows(&locker) && status.follows);
+	CHECK_EQ(madvise(private, PAGE, MADV_DONTNEED), 0);
+	end();
+}
+
 static void the_guarantee_moves(void)
 {
 	struct range given = { 0, 0 };
@@ -142,9 +115,7 @@ static void the_guarantee_moves(void)
 	memset(private, 1, BLOCK);
 	set(32 * MIB);
 	wait_settled(LOCKER_IDLE);
-	CHECK_EQ(extents_overlap(&locker.books.held, layout.v[0].host) + extents_overlap(&locker.books.held, layout.v[1].host),
-		 32 * MIB);
-	given = (struct range){ (uint64_t)(uintptr_t)private, (uint64_t)(uintptr_t)private + 16 * MIB };
+	given = range_at(private, 16 * MIB);
 	errno = 5;
 	for (size_t at = 0; at < 16 * MIB; at += PAGE)
 		CHECK_EQ(madvise(private + at, PAGE, MADV_DONTNEED), 0);
@@ -172,6 +143,66 @@ static void what_is_left_is_locked(void)
 	CHECK_EQ(madvise(shared + 8 * MIB, 40 * MIB, MADV_WILLNEED), 0);
 	EVENTUALLY(status.state == LOCKER_IDLE && status.locked == 2 * BLOCK && vm_locked() == 2 * BLOCK);
 	CHECK_EQ(status.lost.bytes[LOSS_DISCARDED], 0);
+	end();
+}
+
+static int punch(int fd, off_t offset, off_t size)
+{
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
+}
+
+static void a_hole_in_the_file_is_followed(void)
+{
+	int other = memfd_create("disk", MFD_CLOEXEC);
+
+	begin(2 * BLOCK);
+	wait_idle();
+	errno = 5;
+	CHECK_EQ(punch(shared_fd, BEFORE + 8 * MIB, 16 * MIB), 0);
+	CHECK_EQ(errno, 5);
+	EVENTUALLY(status.state == LOCKER_SHORT && status.locked == 2 * BLOCK - 16 * MIB && vm_locked() == status.locked &&
+		   extents_overlap(&locker.books.held, range_at(shared + 8 * MIB, 16 * MIB)) == 0);
+	CHECK_EQ(status.given_back, 16 * MIB);
+	CHECK_EQ(resident(), 2 * BLOCK - 16 * MIB);
+	/* At both ends some of it is no guest RAM. */
+	CHECK_EQ(punch(shared_fd, 0, BEFORE + 2 * MIB), 0);
+	CHECK_EQ(punch(shared_fd, BEFORE + BLOCK - 2 * MIB, 3 * MIB), 0);
+	EVENTUALLY(status.locked == 2 * BLOCK - 20 * MIB && vm_locked() == status.locked);
+	CHECK_EQ(status.given_back, 20 * MIB);
+	/* What is none of it is let through, as are other calls. */
+	CHECK_EQ(punch(shared_fd, 0, BEFORE), 0);
+	CHECK_EQ(fallocate(other, 0, 0, MIB), 0);
+	CHECK_EQ(punch(other, 0, MIB), 0);
+	CHECK(punch(-1, BEFORE, MIB) == -1 && errno == EBADF);
+	CHECK(punch(shared_fd, -1, MIB) == -1 && errno == EINVAL);
+	CHECK_EQ(discards_total(), 20 * MIB);
+	CHECK_EQ(status.lost.bytes[LOSS_DISCARDED], 0);
+	close(other);
+	end();
+}
+
+/* As with virtio-mem, of which more and more is plugged. */
+static void blocks_come_and_go(void)
+{
+	struct ram_layout other = layout;
+
+	begin(0);
+	wait_idle();
+	CHECK_EQ(madvise(private, 4 * MIB, MADV_DONTNEED), 0);
+	CHECK_EQ(discards_total(), 4 * MIB);
+	for (unsigned int i = 0; i < 1100; i++) { /* more often than there are places for blocks */
+		other.v[private < shared ? 0 : 1].host.end -= i % 16 ? PAGE : -15 * PAGE;
+		discards_set_layout(&other, locker.maps);
+		CHECK_EQ(discards_total(), 4 * MIB); /* it is the same memory */
+	}
+	discards_set_layout(&layout, locker.maps);
+	CHECK_EQ(madvise(private + BLOCK - PAGE, PAGE, MADV_DONTNEED), 0);
+	CHECK_EQ(discards_total(), 4 * MIB + PAGE);
+	other = layout;
+	other.v[private < shared ? 0 : 1].host.start += 4 * MIB;
+	discards_set_layout(&other, locker.maps);
+	CHECK_EQ(discards_total(), PAGE);
+	discards_set_layout(&layout, locker.maps);
 	end();
 }
 
@@ -210,5 +241,6 @@ static void undone(void)
 	CHECK(madvise(private, PAGE, MADV_DONTNEED) == -1 && errno == EINVAL);
 }
 
-CHECK_MAIN(CASE(the_guarantee_moves), CASE(what_is_left_is_locked), CASE(every_other_page_leaves_few_ranges),
+CHECK_MAIN(CASE(only_when_asked_for), CASE(the_guarantee_moves), CASE(what_is_left_is_locked),
+	   CASE(a_hole_in_the_file_is_followed), CASE(blocks_come_and_go), CASE(every_other_page_leaves_few_ranges),
 	   CASE(an_unlock_of_all_is_noticed_at_once), CASE(undone))

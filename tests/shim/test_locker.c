@@ -1,23 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The lock thread on real memory, judged by the kernel's VmLck and mincore(). */
-#include "check.h"
-#include "locker.h"
+#include "locking.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-enum { MIB = 1 << 20, BLOCK = 64 * MIB, BLOCKS = 2, DEADLINE_S = 60 };
+enum { BLOCKS = 2 };
 
-static struct locker locker;
-static struct ram_layout layout;
 static atomic_uint notes;
-static struct locker_status status;
-static char text[SHORT_TEXT];
 
 static void note(void *opaque)
 {
@@ -35,22 +28,16 @@ static struct range map_block(void)
 	return (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + BLOCK };
 }
 
-/* One lock thread serves all cases: it never ends. */
+static void nothing_is_known(void)
+{
+	CHECK_EQ(locker_set(&locker, &(struct wish){ .lock_ram_size = MIB }, text), -EAGAIN);
+	locker_query(&locker, &status);
+	CHECK_EQ(status.state, LOCKER_WAITING);
+}
+
 static void begin(void)
 {
-	static bool started;
-	pthread_t thread;
-
-	if (!started) {
-		started = true;
-		locker_init(&locker, note, NULL);
-		stepper_open(&locker.stepper, "");
-		CHECK_EQ(locker_set(&locker, &(struct wish){ .lock_ram_size = MIB }, text), -EAGAIN);
-		locker_query(&locker, &status);
-		CHECK_EQ(status.state, LOCKER_WAITING);
-		if (pthread_create(&thread, NULL, locker_run, &locker))
-			abort();
-	}
+	locking_start(note, nothing_is_known);
 	layout.n = BLOCKS;
 	for (size_t i = 0; i < BLOCKS; i++) {
 		layout.v[i] = (struct ram_block){ .id = "ram", .page_size = 4096, .host = map_block() };
@@ -66,22 +53,6 @@ static void end(void)
 		locker_remove(&locker, layout.v[i].host);
 		munmap((void *)(uintptr_t)layout.v[i].host.start, BLOCK);
 	}
-}
-
-static int64_t vm_locked(void)
-{
-	return headroom_vm_locked(&locker.stepper.headroom);
-}
-
-static void wait_idle(void)
-{
-	time_t deadline = time(NULL) + DEADLINE_S;
-
-	do {
-		usleep(1000);
-		locker_query(&locker, &status);
-	} while (status.state != LOCKER_IDLE && status.state != LOCKER_SHORT && time(NULL) < deadline);
-	CHECK_EQ(status.state, LOCKER_IDLE);
 }
 
 static void wait_short(void)
@@ -419,6 +390,33 @@ static void an_unplugged_block_that_stays_is_unlocked(void)
 	}
 }
 
+/* The mapping stays then, and so would the lock. */
+static void a_block_that_shrinks_keeps_what_is_left(void)
+{
+	struct range end;
+
+	begin();
+	set(BLOCK, ORDER_ADDRESS, true);
+	wait_idle();
+	end = (struct range){ layout.v[0].host.end - 24 * MIB, layout.v[0].host.end };
+	CHECK(locker_remove(&locker, end));
+	CHECK_EQ(syscall(SYS_munlock, end.start, range_size(end)), 0); /* as by qemu.c */
+	wait_idle();
+	CHECK_EQ(status.ram, 2 * BLOCK - 24 * MIB);
+	CHECK_EQ(status.locked, BLOCK);
+	CHECK_EQ(vm_locked(), BLOCK);
+	CHECK_EQ(extents_overlap(&locker.books.held, end), 0);
+	CHECK_EQ(status.lost.bytes[LOSS_UNLOCKED], 0);
+	set(0, ORDER_ADDRESS, true);
+	wait_idle();
+	CHECK_EQ(vm_locked(), 0);
+	layout.v[0].host.end = end.start;
+	locker_remove(&locker, layout.v[0].host);
+	munmap((void *)(uintptr_t)layout.v[0].host.start, BLOCK);
+	locker_remove(&locker, layout.v[1].host);
+	munmap((void *)(uintptr_t)layout.v[1].host.start, BLOCK);
+}
+
 static void all_follows_the_layout(void)
 {
 	struct wish w = { .all = true, .prefault = true };
@@ -459,4 +457,5 @@ CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on
 	   CASE(several_threads_populate), CASE(nothing_wakes_for_no_guarantee),
 	   CASE(locks_of_others_are_left_alone), CASE(locks_of_others_are_told_to_the_page),
 	   CASE(a_failed_lock_is_taken_back_beside_others), CASE(an_unplugged_block_moves_the_guarantee),
-	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(all_follows_the_layout), CASE(too_much_is_refused_and_the_former_wish_stays))
+	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(a_block_that_shrinks_keeps_what_is_left),
+	   CASE(all_follows_the_layout), CASE(too_much_is_refused_and_the_former_wish_stays))

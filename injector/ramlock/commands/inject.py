@@ -127,6 +127,8 @@ def command(
             return
         emit(f"{session.label}: {_words(outcome)}")
         emit(f"socket: {outcome.socket}")
+        if outcome.follows:
+            emit("what the guest gives back is given to the host")
         if outcome.unadopted is not None:
             emit(f"locked by a former shim and not taken over: {outcome.unadopted}")
         if now is not None:
@@ -144,6 +146,8 @@ def _json(outcome: Any) -> dict[str, Any]:
         "stopped-us": None if stopped is None else round(stopped, 1),
         "traced-us": round(outcome.traced_us, 1),
     }
+    if outcome.follows:
+        result["follow-discards"] = True
     if outcome.replaced is not None:
         result["replaced"] = outcome.replaced
     if outcome.unadopted is not None:
