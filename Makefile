@@ -145,13 +145,14 @@ build/kernel-facts/%: docs/kernel-facts/%.c docs/kernel-facts/fact.h docs/kernel
 
 DURATION ?= 60
 .PHONY: stress
-stress: ## Retarget a writing guest for DURATION seconds, 3,000 times under pressure; 1,000 injections in a storm, 500 kills
+stress: ## Retarget a writing guest for DURATION seconds, 3,000 times under pressure; 1,000 injections in a storm, 500 kills; a balloon of 3 GiB
 	@.ci/deps test
 	@+$(AGAIN) ready
 	@RAMLOCK_STRESS_SECONDS=$(DURATION) RAMLOCK_STRESS_INJECTIONS=1000 RAMLOCK_STRESS_KILLS=500 \
-		RAMLOCK_STRESS_ROUNDS=200 RAMLOCK_STRESS_CHANGES=3000 RAMLOCK_TEST_DEADLINE=3600 \
+		RAMLOCK_STRESS_ROUNDS=200 RAMLOCK_STRESS_CHANGES=3000 RAMLOCK_STRESS_BALLOON=8 RAMLOCK_TEST_DEADLINE=3600 \
 		$(PYTHON_BIN) -m pytest -rP tests/qemu/test_concurrency.py tests/qemu/test_retarget.py \
-		tests/victim/test_storm.py tests/qemu/test_inject.py tests/qemu/test_targets.py $(ARGS)
+		tests/victim/test_storm.py tests/qemu/test_inject.py tests/qemu/test_targets.py \
+		tests/qemu/test_discards.py::test_preloaded $(ARGS)
 
 .PHONY: fuzz
 fuzz: ## Fuzz each parser of the shim for DURATION seconds with libFuzzer, under ASan and UBSan

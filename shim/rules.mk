@@ -85,7 +85,12 @@ $(FUZZ_BUILD)/units/%.o: shim/%.c shim/rules.mk injector/ramlock/__init__.py
 	$(CLANG) $(FUZZ_CFLAGS) -MMD -MP -c -o $@ $<
 
 $(SHIM_BUILD)/tests/%: tests/shim/%.c $(wildcard tests/shim/*.h) $(SHIM_TEST_OBJECTS) $(wildcard shim/*.h) shim/rules.mk | $(SHIM_BUILD)/tests
-	$(CC) $(SHIM_TEST_CFLAGS) -Wl,-z,relro,-z,now -o $@ $< $(SHIM_TEST_OBJECTS) $(JSONC_LIBS) -lpthread -ldl
+	$(CC) $(SHIM_TEST_CFLAGS) -rdynamic -Wl,-z,relro,-z,now -o $@ $< $(SHIM_TEST_OBJECTS) $(JSONC_LIBS) -lpthread -ldl
+
+$(SHIM_BUILD)/tests/test_got: $(SHIM_BUILD)/tests/later.so
+
+$(SHIM_BUILD)/tests/later.so: tests/shim/later.c shim/rules.mk | $(SHIM_BUILD)/tests
+	$(CC) $(filter-out -fvisibility=hidden,$(SHIM_CFLAGS)) -shared -Wl,-z,relro,-z,now -o $@ $<
 
 $(SHIM_BUILD)/sanitized/%.o: shim/%.c shim/rules.mk injector/ramlock/__init__.py | $(SHIM_BUILD)/sanitized
 	$(CC) $(SHIM_TEST_CFLAGS) -MMD -MP -c -o $@ $<

@@ -145,6 +145,18 @@ __attribute__((unused)) static size_t resident(const void *mem, size_t size)
 	return smaps_field(mem, size, "Rss");
 }
 
+/* Has the kernel swap out at least half of that memory, if it has swap. */
+__attribute__((unused)) static void swap_out(void *mem, size_t size)
+{
+	/* A page that the kernel is busy with is passed over: asked more than once. */
+	for (int i = 0; i < 50 && smaps_field(mem, size, "Swap") < size / 2; i++) {
+		madvise(mem, size, MADV_PAGEOUT);
+		usleep(20000);
+	}
+	if (smaps_field(mem, size, "Swap") < size / 2)
+		cannot_ask("the kernel does not swap out when asked to");
+}
+
 /* The pagemap entry of the page at @mem: bit 63 present, 62 swapped, 61 file or shared, 56 exclusively mapped. */
 __attribute__((unused)) static uint64_t pagemap(const void *mem)
 {

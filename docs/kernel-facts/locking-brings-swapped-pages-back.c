@@ -11,13 +11,7 @@ int main(void)
 	if (proc_field("/proc/meminfo", "SwapFree") < 2 * size)
 		cannot_ask("this machine has no swap");
 	touch(mem, size);
-	/* A page that the kernel is busy with is passed over: asked more than once. */
-	for (int i = 0; i < 50 && smaps_field(mem, size, "Swap") < size / 2; i++) {
-		madvise(mem, size, MADV_PAGEOUT);
-		usleep(20000);
-	}
-	if (smaps_field(mem, size, "Swap") < size / 2)
-		cannot_ask("the kernel does not swap out when asked to");
+	swap_out(mem, size);
 	if (lock_on_fault(mem, size))
 		cannot_ask("locking 16 MiB is not allowed");
 	see(smaps_field(mem, size, "Swap") > 0, "locked on fault, in swap: %zu KiB", smaps_field(mem, size, "Swap") / 1024);

@@ -15,12 +15,7 @@ static void child_main(void)
 	if (!group_enter())
 		cannot_ask("a process cannot be moved into a memory cgroup");
 	touch(mem, size);
-	for (int i = 0; i < 50 && smaps_field(mem, size, "Swap") < size / 2; i++) {
-		madvise(mem, size, MADV_PAGEOUT);
-		usleep(20000);
-	}
-	if (smaps_field(mem, size, "Swap") < size / 2)
-		cannot_ask("the kernel does not swap out when asked to");
+	swap_out(mem, size);
 	if (lock_on_fault(mem, size) || madvise(mem, size, MADV_POPULATE_WRITE))
 		cannot_ask("locking 16 MiB is not allowed");
 	for (size_t i = 0; i < size; i += PAGE)

@@ -3,7 +3,9 @@
 #include "check.h"
 #include "got.h"
 
+#include <dlfcn.h>
 #include <errno.h>
+#include <limits.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -124,6 +126,44 @@ static void what_somebody_else_has_changed_stays(void)
 	CHECK(*f.slot == former);
 }
 
+/* What every module of QEMU calls. */
+__attribute__((visibility("default"))) void register_dso_module_init(void);
+
+void register_dso_module_init(void)
+{
+}
+
+static void a_module_that_is_loaded_later(void)
+{
+	struct got_redirection ours = { "munlock", NULL };
+	char path[PATH_MAX] = "";
+	int (*later_call)(void);
+	void *module;
+
+	*(int (**)(void *, size_t))(void *)&ours.to = counted;
+	CHECK_EQ(got_redirect(&got, &ours, 1), 0);
+	CHECK_EQ(got.n, 1);
+	CHECK(readlink("/proc/self/exe", path, sizeof(path) - sizeof("later.so")) > 0);
+	memcpy(strrchr(path, '/') + 1, "later.so", sizeof("later.so"));
+	module = dlopen(path, RTLD_NOW);
+	CHECK(module);
+	if (!module)
+		return;
+	*(void **)(void *)&later_call = dlsym(module, "later_call");
+	calls = 0;
+	later_call();
+	CHECK_EQ(calls, 0);
+	CHECK_EQ(got_redirect(&got, &ours, 1), 0); /* at the next look */
+	CHECK_EQ(got.n, 2);
+	CHECK(got.v[1].relro && !is_writable(got.v[1].slot));
+	CHECK_EQ(later_call(), 7);
+	CHECK_EQ(calls, 1);
+	got_restore(&got);
+	later_call();
+	CHECK_EQ(calls, 1);
+	CHECK(!is_writable(got.v[1].slot));
+}
+
 static void an_object_without_tables_is_refused(void)
 {
 	const struct dl_phdr_info nothing = { .dlpi_phnum = 0 };
@@ -133,4 +173,5 @@ static void an_object_without_tables_is_refused(void)
 	CHECK(!got_is_relro(&nothing, &f));
 }
 
-CHECK_MAIN(CASE(there_and_back), CASE(what_somebody_else_has_changed_stays), CASE(an_object_without_tables_is_refused))
+CHECK_MAIN(CASE(there_and_back), CASE(what_somebody_else_has_changed_stays), CASE(a_module_that_is_loaded_later),
+	   CASE(an_object_without_tables_is_refused))

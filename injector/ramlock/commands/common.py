@@ -137,7 +137,7 @@ force_option = click.option(
 follow_discards_option = click.option(
     "--follow-discards",
     is_flag=True,
-    help="Go along when the guest gives memory back (balloon): the guarantee moves to other pages.",
+    help="Go along when the guest gives memory back (balloon, virtio-mem): the guarantee moves to other pages.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the shim's reply as JSON; sizes in bytes.")
 

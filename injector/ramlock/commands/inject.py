@@ -86,7 +86,7 @@ def command(
     """Bring the shim into a VM that runs already.
 
     QEMU's main thread is away for about a millisecond; its vCPUs are never stopped. If the shim is there already, it is
-    used as it is.
+    used as it is, and told to follow discards if that is asked for.
 
     \b
     Then ramlock set and status work as on a VM started by ramlock run:
