@@ -114,6 +114,7 @@ def inflate_and_deflate(guest: Guest, factor: int = 1) -> None:
     calm(guest)
     assert_holds(guest, guarantee)
     assert guest.query()["lost"] == 0
+    agent.ask("free")
     guest.guarantee(0)
     assert truth.vm_lck(guest.pid) == 0
 
