@@ -29,13 +29,17 @@ MEMORY = 256 * MIB
 SIZE = 6 * MIB
 """A guarantee within the 8 MiB that libvirt's user may lock, should nobody here be allowed to raise that."""
 REAPER = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+import ctypes, os, signal, sys
+prctl = ctypes.CDLL(None).prctl
+prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 child = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 while os.wait()[0] != child:
     pass
 """
-"""Runs a command and buries its orphans at once: libvirt waits for each QEMU until it is gone, and init may be slow."""
+"""Runs a command and buries its orphans at once: libvirt waits for each QEMU until it is gone, and init may be slow.
+It ends when the tests do, be they killed."""
 DOMAIN = f"""
 <domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{{name}}</name>

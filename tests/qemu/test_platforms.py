@@ -29,6 +29,7 @@ HOOKSCRIPT = ROOT / "examples/proxmox/hookscript"
 UNIT = ROOT / "examples/systemd/ramlock-vm@.service"
 PATH = f"{RAMLOCK.parent}:{os.environ['PATH']}"
 NOBODY = 65534
+VM = f"web-{os.getpid()}"
 FIRMWARE = ["-L", "/usr/share/seabios", "-L", "/usr/share/qemu"]
 """Where a QEMU that is elsewhere than usual finds its own files."""
 NOTES = "#Our shop%3A do not stop\n#ramlock={}\nmemory: 1024\nname: web\n\n[before]\n#ramlock=1M\nmemory: 512\n"
@@ -108,8 +109,8 @@ class Unit:
 
     def __init__(self, runtime: Path, settings: dict[str, str]) -> None:
         text = UNIT.read_text().replace("/usr/local/bin/ramlock", str(RAMLOCK))
-        self.text = text.replace("/etc/ramlock/vm/%i.conf", str(runtime / "web.conf"))
-        self._known = {"%t": str(runtime), "%i": "web", "%%": "%"}
+        self.text = text.replace("/etc/ramlock/vm/%i.conf", str(runtime / f"{VM}.conf"))
+        self._known = {"%t": str(runtime), "%i": VM, "%%": "%"}
         self._settings = settings
 
     def value(self, key: str) -> str:
@@ -134,7 +135,7 @@ def runtime() -> Iterator[Path]:
     """What systemd makes for RuntimeDirectory=."""
     with tempfile.TemporaryDirectory(prefix="ramlock-systemd-") as name:
         Path(name).chmod(0o755)
-        folder = Path(name) / "ramlock-vm/web"
+        folder = Path(name) / "ramlock-vm" / VM
         folder.mkdir(parents=True)
         os.chown(folder, NOBODY, NOBODY)
         yield Path(name)
@@ -144,7 +145,7 @@ def test_a_unit_of_systemd(runtime: Path, need: Need) -> None:
     """As another user without rights: started, given its guarantee, asked to shut down."""
     need("setpriv", "util-linux")
     need("socat", "socat")
-    folder = runtime / "ramlock-vm/web"
+    folder = runtime / "ramlock-vm" / VM
     options = f"-accel tcg -m 512M -qmp unix:{folder}/qmp,server=on,wait=off"
     unit = Unit(runtime, {"GUARANTEE": "4M", "QEMU_OPTIONS": options})
     assert unit.value("RuntimeDirectory") == "ramlock-vm/%i"
@@ -158,7 +159,7 @@ def test_a_unit_of_systemd(runtime: Path, need: Need) -> None:
     try:
         with Monitor(folder / "qmp") as monitor:
             assert os.readlink(f"/proc/{service.pid}/exe").endswith("qemu-system-x86_64")
-            assert ramlock("set", "6M", "--vm", "web").returncode == 0
+            assert ramlock("set", "6M", "--vm", VM).returncode == 0
             reply = json.loads(ramlock("status", "--socket", folder / "ramlock.sock", "--json").stdout)
             assert (reply["requested"], reply["state"]) == (6 * MIB, "idle")
             assert truth.vm_lck(service.pid) >= 6 * MIB
