@@ -3,13 +3,14 @@
 #include "audit.h"
 
 #include "pagemap.h"
+#include "residency.h"
 
 #include <assert.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, REGIONS = 128, ENTRIES = 512 };
+enum { PAGE = 4096, RUNS = 64, ENTRIES = 512 };
 
 static const char *const loss_names[] = {
 	[LOSS_UNLOCKED] = "unlocked",
@@ -26,26 +27,14 @@ const char *loss_name(enum loss loss)
 /* Adds to *@absent what is absent in @r. Returns false when this kernel cannot tell in this way. */
 static bool scan_absent(int pagemap, struct range r, uint64_t *absent)
 {
-	struct pagemap_region found[REGIONS];
-
 	while (r.start < r.end) {
-		struct pagemap_scan scan = {
-			.size = sizeof(scan),
-			.start = r.start,
-			.end = r.end,
-			.vec = (uintptr_t)found,
-			.vec_len = REGIONS,
-			.category_inverted = CATEGORY_PRESENT,
-			.category_mask = CATEGORY_PRESENT,
-			.return_mask = CATEGORY_PRESENT,
-		};
-		int n = ioctl(pagemap, PAGEMAP_SCAN_CALL, &scan);
+		struct range runs[RUNS];
+		int n = residency_scan(pagemap, RESIDENCY_ABSENT, r, runs, RUNS, &r.start);
 
-		if (n < 0 || scan.walk_end <= r.start)
+		if (n < 0)
 			return false;
 		for (int i = 0; i < n; i++)
-			*absent += found[i].end - found[i].start;
-		r.start = scan.walk_end;
+			*absent += range_size(runs[i]);
 	}
 	return true;
 }

@@ -184,6 +184,30 @@ static int find_residency(void *opaque, struct range r, struct range *runs, size
 	return (int)residency_list(looker->locker->stepper.pagemap, RESIDENCY_PRESENT, r, runs, max, upto);
 }
 
+/* Counts what is absent of @on_fault, unless that is not to be known any more. Returns 0 or -ECANCELED. */
+static int count_owed(struct residency *r, const struct extents *on_fault)
+{
+	uint64_t owed = 0;
+
+	for (size_t i = 0; i < on_fault->n; i++) {
+		struct range rest = on_fault->v[i];
+
+		while (rest.start < rest.end) {
+			struct range runs[PLAN_RUNS];
+			uint64_t from = rest.start;
+			int n = find_residency(r, rest, runs, PLAN_RUNS, &rest.start);
+
+			if (n < 0)
+				return n;
+			owed += rest.start - from;
+			while (n-- > 0)
+				owed -= range_size(runs[n]);
+		}
+	}
+	r->locker->stepper.owed = owed;
+	return 0;
+}
+
 /* Has guest RAM looked at, with the mutex given up meanwhile. Returns whether it was found changed. */
 static bool has_changed(struct locker *l)
 {
@@ -218,8 +242,10 @@ static enum shortage make_plan(struct locker *l)
 		l->plan_resident_done = false;
 	pthread_mutex_unlock(&l->mutex);
 
-	l->stepper.owed = locker_count_absent(l, &on_fault, (struct range){ 0, UINT64_MAX });
-
+	if (count_owed(&r, &on_fault)) {
+		pthread_mutex_lock(&l->mutex);
+		return SHORTAGE_NONE; /* think again */
+	}
 	follow_avoid(l, &held);
 	plan_clear(&l->plan);
 	if (order == ORDER_RESIDENT && !l->plan_resident_done) {

@@ -16,9 +16,6 @@ uint64_t locker_target(const struct locker *l);
 /* The next piece of what is locked and no guest RAM any more. Returns false when there is none. */
 bool locker_next_gone(const struct locker *l, struct range *r);
 
-/* Bytes of @r that are on-fault locked and not resident. */
-uint64_t locker_count_absent(const struct locker *l, const struct extents *on_fault, struct range r);
-
 /* Has clients told of @event; with the mutex. */
 void locker_raise_event(struct locker *l, enum locker_event event);
 

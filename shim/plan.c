@@ -4,8 +4,6 @@
 
 #include <stdlib.h>
 
-enum { PLAN_RUNS = 64 };
-
 static uint64_t round_up(uint64_t v, uint64_t to)
 {
 	return (v + to - 1) / to * to;

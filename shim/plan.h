@@ -14,6 +14,9 @@
  */
 enum { PLAN_EXTENTS_MAX = 256 };
 
+/* Runs that one look lists at most. */
+enum { PLAN_RUNS = 64 };
+
 struct plan {
 	struct range runs[PLAN_EXTENTS_MAX];
 	size_t n;

@@ -10,8 +10,16 @@
 enum { PAGE = 4096, HUGE = 2 << 20, RUNS = 64 };
 static const uint64_t PIECE = 64 << 20;
 
-/* Returns how many runs there are, or -1 when the kernel does not know this. */
-static int scan(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max, uint64_t *upto)
+static const struct {
+	uint64_t mask, inverted; /* pages of all these categories; of these not to be in them */
+} categories[] = {
+	[RESIDENCY_PRESENT] = { CATEGORY_PRESENT | CATEGORY_ZERO, CATEGORY_ZERO },
+	[RESIDENCY_SWAPPED] = { CATEGORY_SWAPPED, 0 },
+	[RESIDENCY_HUGE] = { CATEGORY_HUGE, 0 },
+	[RESIDENCY_ABSENT] = { CATEGORY_PRESENT, CATEGORY_PRESENT },
+};
+
+int residency_scan(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max, uint64_t *upto)
 {
 	struct pagemap_region v[RUNS];
 	struct pagemap_scan s = {
@@ -20,18 +28,13 @@ static int scan(int pagemap, enum residency_kind kind, struct range r, struct ra
 		.end = r.end,
 		.vec = (uint64_t)(uintptr_t)v,
 		.vec_len = max < RUNS ? max : RUNS,
-		.max_pages = PIECE / PAGE,
+		.max_pages = kind == RESIDENCY_ABSENT ? 0 : PIECE / PAGE,
+		.category_mask = categories[kind].mask,
+		.category_inverted = categories[kind].inverted,
+		.return_mask = categories[kind].mask & ~CATEGORY_ZERO,
 	};
-	int n;
+	int n = pagemap < 0 ? -1 : ioctl(pagemap, PAGEMAP_SCAN_CALL, &s);
 
-	if (kind == RESIDENCY_PRESENT) {
-		s.category_mask = CATEGORY_PRESENT | CATEGORY_ZERO;
-		s.category_inverted = CATEGORY_ZERO;
-		s.return_mask = CATEGORY_PRESENT;
-	} else {
-		s.category_mask = s.return_mask = kind == RESIDENCY_HUGE ? CATEGORY_HUGE : CATEGORY_SWAPPED;
-	}
-	n = pagemap < 0 ? -1 : ioctl(pagemap, PAGEMAP_SCAN_CALL, &s);
 	if (n < 0 || s.walk_end <= r.start)
 		return -1;
 	for (int i = 0; i < n; i++)
@@ -46,7 +49,7 @@ size_t residency_list(int pagemap, enum residency_kind kind, struct range r, str
 	unsigned char vec[4096];
 	size_t n = 0;
 	uint64_t pages;
-	int found = scan(pagemap, kind, r, runs, max, upto);
+	int found = residency_scan(pagemap, kind, r, runs, max, upto);
 
 	if (found >= 0)
 		return (size_t)found;

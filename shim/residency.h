@@ -13,13 +13,20 @@ enum residency_kind {
 	RESIDENCY_PRESENT, /* pages of memory; the zero page is none */
 	RESIDENCY_SWAPPED,
 	RESIDENCY_HUGE, /* mapped as a whole huge page */
+	RESIDENCY_ABSENT, /* not mapped here at all: the zero page is not absent */
 };
 
 /*
- * Lists runs of such pages in @r from its start on, at most @max, into @runs. *upto is how far it looked: one call
- * keeps mmap_lock, for reading, for no longer than 64 MiB of present pages take, or any length of none. @pagemap is
- * /proc/self/pagemap. Kernels before 6.7 are asked by mincore(2), which takes the zero page for present and cannot
- * tell what is swapped or huge: nothing, then. Returns how many runs there are.
+ * Lists runs of such pages in @r from its start on, at most @max, into @runs, by PAGEMAP_SCAN (Linux 6.7). *upto is how far
+ * it looked: no further than 64 MiB of such pages (absent ones: any length). Returns how many runs there are, or -1 when the
+ * kernel cannot tell.
+ */
+int residency_scan(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max, uint64_t *upto);
+
+/*
+ * The same where the kernel cannot tell: one call keeps mmap_lock, for reading, for no longer than 64 MiB of present pages
+ * take, or any length of none. Then mincore(2) is asked, which takes the zero page for present and cannot tell what is of
+ * another kind: nothing, then.
  */
 size_t residency_list(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max,
 		      uint64_t *upto);

@@ -6,7 +6,8 @@
 
 #include <string.h>
 
-uint64_t locker_count_absent(const struct locker *l, const struct extents *on_fault, struct range r)
+/* Bytes of @r that are on-fault locked and not resident. */
+static uint64_t count_absent(const struct locker *l, const struct extents *on_fault, struct range r)
 {
 	uint64_t absent = 0;
 	struct range part;
@@ -72,7 +73,7 @@ static void ask_kernel(const struct locker *l, struct locker_status *s, const st
 	s->locked = 0;
 	missing = vm_locked < 0 || (uint64_t)vm_locked >= s->counted ? 0 : s->counted - (uint64_t)vm_locked;
 	for (size_t i = 0; i < s->n_blocks; i++) {
-		s->blocks[i].locked -= locker_count_absent(l, on_fault, s->blocks[i].block.host);
+		s->blocks[i].locked -= count_absent(l, on_fault, s->blocks[i].block.host);
 		/* Lost just now, and not looked into yet; of which block does not matter. */
 		if (s->blocks[i].block.backing != BACKING_HUGETLB) {
 			uint64_t here = missing < s->blocks[i].locked ? missing : s->blocks[i].locked;

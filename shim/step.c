@@ -397,6 +397,8 @@ static void size_populate(struct stepper *st, struct step *s)
 	s->piece = ns > p->budget_ns ? (uint64_t)((double)size * (double)p->budget_ns / (double)ns) : size;
 	if (s->piece > PACER_CHUNK && s->page_size < PACER_CHUNK)
 		s->piece = s->piece / PACER_CHUNK * PACER_CHUNK;
+	if (s->piece < PACER_CHUNK && st->fills_huge)
+		s->piece = PACER_CHUNK; /* less would fill as much at its first page */
 	if (s->piece < PACER_CHUNK_MIN)
 		s->piece = PACER_CHUNK_MIN;
 	s->piece = round_to_pages(s->piece, s->page_size);
@@ -516,6 +518,15 @@ static void learn_populate(struct stepper *st, const struct step *s, uint64_t by
 		pace_learn(&st->pace, PACE_FILL, (uint64_t)((double)bytes * (1 - present)), sum->wall, sum->cpu);
 }
 
+/* Looks whether small pieces, from @s's start to @end, have become huge pages all the same. */
+static void note_huge(struct stepper *st, const struct step *s, uint64_t end)
+{
+	const struct range filled = { s->r.start, end };
+
+	if (s->piece <= PACER_CHUNK && s->page_size < PACER_CHUNK && s->present < s->looked && end > s->r.start)
+		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, filled, 1);
+}
+
 /* Populates @s from its start as far as it gets; *end is how far. Returns 0 or an errno. */
 static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, struct outcome *o)
 {
@@ -537,6 +548,7 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 	}
 	learn_populate(st, s, bytes, &sum);
 	*end = done ? piece_at(s, done - 1).end : s->r.start;
+	note_huge(st, s, *end);
 	return atomic_load(&w.err);
 }
 

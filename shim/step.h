@@ -83,6 +83,7 @@ struct stepper {
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
 	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
+	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };
 
 void stepper_init(struct stepper *st);

@@ -27,6 +27,7 @@ def test_lower_in_mid_flight() -> None:
         highest = 0
         while (reply := shim.execute("query-ram-minguarantee"))["state"] != "idle":
             highest = max(highest, reply["armed"])
+            assert reply["eta-s"] >= 0
             assert time.monotonic() < deadline
         # What was in work when the new value came may still be done, and no more.
         assert highest <= locked + GIB
@@ -42,6 +43,24 @@ def test_raise_in_mid_flight() -> None:
             assert result.returncode == 0, result.stderr
         guest.settle()
         assert_holds(guest, 512 * MIB)
+        guest.check_unharmed()
+
+
+def test_a_thousand_retargets_end_at_the_last() -> None:
+    """As fast as they can be sent, most of them while the one before is worked at."""
+    chance = random.Random(0)
+    with Guest(memory=512 * MIB) as guest, guest.shim() as shim:
+        for _ in range(1000):
+            size = chance.randrange(512 * MIB + 1)
+            order = chance.choice(["resident", "address"])
+            shim.execute("set_ram_minguarantee", {"size": size, "order": order, "prefault": chance.random() < 0.9})
+        size = chance.randrange(256 * MIB)
+        shim.execute("set_ram_minguarantee", {"size": size, "prefault": True})
+        reply = guest.settle()
+        assert reply["requested"] == size
+        assert reply["generation"] >= 1001
+        assert size <= reply["locked"] < size + 4096
+        assert_holds(guest, size)
         guest.check_unharmed()
 
 

@@ -338,8 +338,45 @@ static void huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not(void)
 	end();
 }
 
+/* The piece that populating @r would begin with, after a step of it was taken. */
+static uint64_t piece_after_a_step(struct range r)
+{
+	struct step s = { .kind = STEP_LOCK, .r = r, .prefault = true, .page_size = 4096, .threads = 1 };
+	struct outcome o;
+
+	step_size(&stepper, &s);
+	CHECK(step_admit(&stepper, &s, &o));
+	step_carry_out(&stepper, &s, &o);
+	s.r = (struct range){ o.done.end, r.end };
+	step_size(&stepper, &s);
+	return s.piece;
+}
+
+/* However small the hold budget is. */
+static void a_piece_is_no_smaller_than_the_huge_page_that_it_fills(void)
+{
+	enum { SIZE = 64 << 20 };
+	struct range r;
+	char *p;
+
+	plenty();
+	stepper.pace.budget_ns = 1000;
+	p = map_huge(SIZE, 0);
+	if (p && residency_huge_end(stepper.pagemap, (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE }, CHUNK)) {
+		madvise(p, SIZE, MADV_DONTNEED);
+		r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE };
+		CHECK_EQ(piece_after_a_step(r), CHUNK);
+		madvise(p + SIZE / 2, SIZE / 2, MADV_NOHUGEPAGE);
+		r.start += SIZE / 2;
+		CHECK(piece_after_a_step(r) < CHUNK);
+	}
+	if (p)
+		munmap(p, SIZE);
+	end();
+}
+
 CHECK_MAIN(CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
-	   CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
+	   CASE(a_piece_is_no_smaller_than_the_huge_page_that_it_fills), CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
 	   CASE(a_step_that_is_called_off_leaves_nothing_armed),
 	   CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
 	   CASE(what_is_armed_is_owed))
