@@ -65,6 +65,7 @@ class Measured:
     cpu: float
     waits: dict[str, Samples]
     grown: int = 0  # bytes of RSS
+    unserved: float = 0.0  # seconds that the shim's threads were ready to run and had no processor
 
     @property
     def worst(self) -> float:
@@ -188,10 +189,17 @@ class Vm:
 
     def lock_cpu(self) -> float:
         """Processor time of all of the shim's threads, in seconds."""
+        return self._schedstat(0)
+
+    def unserved(self) -> float:
+        """How long they were ready to run and had no processor."""
+        return self._schedstat(1)
+
+    def _schedstat(self, column: int) -> float:
         total = 0
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             if (task / "comm").read_text().startswith("ramlock"):
-                total += int((task / "schedstat").read_text().split()[0])
+                total += int((task / "schedstat").read_text().split()[column])
         return total / 1e9
 
     def wakeups(self, seconds: float) -> int:

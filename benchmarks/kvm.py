@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.qemu.guest import MIB, Guest, GuestError
 
 STATISTICS = Path("/sys/kernel/debug/kvm")
+TRACING = Path("/sys/kernel/tracing")
+# What KVM is told when pages of the host's go away, or are asked for their age.
+NOTIFIERS = ("kvm_unmap_hva_range", "kvm_age_hva", "kvm_test_age_hva")
 PROBE_S = 30
 
 
@@ -24,9 +29,32 @@ def unusable(accel: str = "kvm") -> str | None:
     return None
 
 
+@contextmanager
+def notifiers() -> Iterator[None]:
+    """Has the kernel count MMU notifiers, of all VMs of this host, as far as it can; counters() tells them."""
+    made: list[Path] = []
+    try:
+        for name in NOTIFIERS:
+            place = TRACING / "instances" / f"ramlock-{name}"
+            if (TRACING / "events/kvm" / name).exists():
+                place.mkdir()
+                made.append(place)
+                (place / "events/kvm" / name / "enable").write_text("1")
+        yield
+    finally:
+        for place in made:
+            place.rmdir()
+
+
+def _recorded(instance: Path) -> int:
+    """How many events a trace instance has seen, those that its buffer has forgotten too."""
+    lines = [line for file in instance.glob("per_cpu/cpu*/stats") for line in file.read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("entries:", "overrun:")))
+
+
 def counters(pid: int) -> dict[str, int]:
-    """The sums over a VM and its vCPUs; empty without KVM."""
-    sums: dict[str, int] = {}
+    """The sums over a VM and its vCPUs, and MMU notifiers; empty without KVM."""
+    sums = {place.name.removeprefix("ramlock-"): _recorded(place) for place in TRACING.glob("instances/ramlock-kvm_*")}
     for folder in STATISTICS.glob(f"{pid}-*") if os.access(STATISTICS, os.X_OK) else ():
         for file in folder.rglob("*"):
             if file.is_file():

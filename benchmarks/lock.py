@@ -66,10 +66,10 @@ class Rounds:
         """Does something while everybody is watched."""
         if prepare:
             self.vm.make(self.state)
-        rss, before = self.vm.rss(), kvm.counters(self.vm.pid)
+        rss, unserved, before = self.vm.rss(), self.vm.unserved(), kvm.counters(self.vm.pid)
         with Watch(self.vm, inside) as watch:
             wall, cpu = work()
-        measured = Measured(wall, cpu, watch.waits, self.vm.rss() - rss)
+        measured = Measured(wall, cpu, watch.waits, self.vm.rss() - rss, self.vm.unserved() - unserved)
         self.measured.setdefault(name, []).append(measured)
         self.events.setdefault(name, []).append(kvm.since(before, kvm.counters(self.vm.pid)))
         return measured
@@ -112,14 +112,16 @@ class Rounds:
             # The guest is idle here: QEMU's preallocation stops it, and would have its processor besides.
             if self.threads:
                 vm.make("cold")
-                self.note("idle guest: ramlock, 2 threads", vm.guarantee(self.asked, threads=2))
+                rss = vm.rss()
+                took = vm.guarantee(self.asked, threads=2)
+                self.note("idle guest: ramlock, 2 threads", took, vm.rss() - rss)
                 vm.guarantee(0, threads=1)
             vm.make("cold")
-            self.note("idle guest: prealloc, 2 threads", self.prealloc())
+            self.note("idle guest: prealloc, 2 threads", self.prealloc(), vm.size)
 
-    def note(self, name: str, took: tuple[float, float]) -> None:
-        """Something that nobody watched."""
-        self.measured.setdefault(name, []).append(Measured(*took, waits={}))
+    def note(self, name: str, took: tuple[float, float], grown: int) -> None:
+        """Something that nobody watched, and how many bytes it allocated."""
+        self.measured.setdefault(name, []).append(Measured(*took, waits={}, grown=grown))
 
 
 def run(kind: str, size: int, rounds: int, accel: str) -> None:
@@ -130,6 +132,8 @@ def run(kind: str, size: int, rounds: int, accel: str) -> None:
         stack.enter_context(huge_pages(pages))
         if state == "swapped":
             stack.enter_context(Zram(2 * size))
+        if accel == "kvm":
+            stack.enter_context(kvm.notifiers())
         vm = stack.enter_context(Vm(size, accel))
         # The host's memory is itself a guest's often, and slower when it is used for the first time.
         vm.do("populate", vm.dimm())

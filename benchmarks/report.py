@@ -24,6 +24,7 @@ mpl.rcParams["svg.fonttype"] = "none"
 
 PAGE = ROOT / "docs/benchmarks.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->", "<!-- end -->"
+LOCK_WATCHERS = ("mmap in QEMU", "read of guest RAM")
 WAYS = ("main thread", "own thread", "ramlock", "spinner", "idle")
 COLOURS = dict(zip(WAYS, ("#b2182b", "#ef8a62", "#2166ac", "#999999", "#cccccc"), strict=True))
 
@@ -77,6 +78,16 @@ def cpu(m: Measured) -> float:
     return m.cpu
 
 
+def allocation_rate(m: Measured) -> float:
+    """Bytes per second."""
+    return m.grown / m.wall
+
+
+def lock_wait(m: Measured) -> float:
+    """The longest wait of those who need mmap_lock and nothing else."""
+    return max(m.waits[watcher].longest for watcher in LOCK_WATCHERS)
+
+
 def longest_of(watcher: str) -> Callable[[Measured], float]:
     return lambda m: m.waits[watcher].longest
 
@@ -105,12 +116,18 @@ def goals(run: Run) -> list[list[str]]:
         best = f"{limit[0]}: {times(limit[1])}" if limit else ""
         rows.append([run.title, text, show(value), "yes" if met else "**no**", best])
 
+    def tell(text: str, one: str, other: str) -> None:
+        """What is no goal, but takes the machine's own noise out of one: only those who wait for mmap_lock count."""
+        limit = f"idle: {times(run.ratio(one, 'idle', lock_wait))}"
+        rows.append([run.title, text, times(run.ratio(one, other, lock_wait)), "", limit])
+
     for way, least, name in (
         ("main thread", 1000, "mlock on the main thread"),
         ("own thread", 100, "one mlock beside it"),
     ):
         value, limit = run.ratio(way, "ramlock", worst), run.ratio(way, "idle", worst)
         judge(f"worst stall against {name}: {least:,} x shorter", value, value >= least, limit=("idle", limit))
+        tell("... counting those alone who wait for mmap_lock", way, "ramlock")
     for watcher in ("QMP round trip", "guest clock gap"):
         ours, spins, idle = (run.pooled(way, watcher).percentile() for way in ("ramlock", "spinner", "idle"))
         judge(
@@ -120,6 +137,8 @@ def goals(run: Run) -> list[list[str]]:
             times,
             ("idle", idle / spins),
         )
+        ours, spins, idle = (run.pooled(way, watcher).percentile(99) for way in ("ramlock", "spinner", "idle"))
+        rows.append([run.title, "... the same, p99", times(ours / spins), "", f"idle: {times(idle / spins)}"])
     ours, idle = (run.pooled(way, "guest clock gap").percentile() for way in ("ramlock alone", "idle alone"))
     judge("a processor to spare: guest clock gap, p99.9, against idle: within 1.5 x", ours / idle, ours <= 1.5 * idle)
     value, limit = (
@@ -128,8 +147,8 @@ def goals(run: Run) -> list[list[str]]:
     )
     judge("throughput against one mlock: 0.95 x", value, value >= 0.95, limit=("by processor time", limit))
     if "idle guest: ramlock, 2 threads" in run.measured:
-        # The rival has only the DIMM to do; the guarantee is for all of guest RAM.
-        value = run.ratio("idle guest: prealloc, 2 threads", "idle guest: ramlock, 2 threads", wall)
+        # The rival has only the DIMM to do; the guarantee is for all of guest RAM. What counts is what each allocated in a second.
+        value = run.ratio("idle guest: ramlock, 2 threads", "idle guest: prealloc, 2 threads", allocation_rate)
         judge("2 threads against prealloc-threads=2: 0.95 x", value, value >= 0.95)
     if run.kind == "resident":
         grown = max(m.grown for m in run.measured["ramlock"]) / MIB
@@ -143,6 +162,7 @@ def goals(run: Run) -> list[list[str]]:
         run.ratio("own thread, lowering", "idle", worst),
     )
     judge("lowering: worst stall 100 x shorter", value, value >= 100, limit=("idle", limit))
+    tell("... counting those alone who wait for mmap_lock", "own thread, lowering", "ramlock, lowering")
     judge("wakeups in 10 s with guarantee 0: none", run.wakeups[0], not run.wakeups[0], lambda v: f"{v:.0f}")
     return rows
 
@@ -153,6 +173,8 @@ def stalls(run: Run) -> str:
         waits = [run.median(way, longest_of(watcher)) for watcher in WATCHERS]
         rows.append([way, ms(run.median(way, worst)), *(ms(wait) for wait in waits), ms(run.median(way, wall))])
     text = table(["", "worst stall", *WATCHERS, "took"], rows)
+    unserved = statistics.median(m.unserved / m.wall for m in run.measured["ramlock"])
+    text += f"\nFor {unserved:.0%} of its time ramlock's thread was ready to run and had no processor.\n"
     rows = [[way, *(ms(run.pooled(way, watcher).percentile()) for watcher in WATCHERS)] for way in WAYS]
     return f"Longest waits, medians of {run.rounds} rounds:\n\n{text}\np99.9 over all rounds:\n\n" + table(
         ["", *WATCHERS], rows
@@ -244,7 +266,8 @@ def main() -> None:
     head, _, rest = page.partition(BEGIN)
     tail = rest.partition(END)[2]
     PAGE.write_text(f"{head}{BEGIN}\n" + "\n".join(text) + f"{END}{tail}")
-    print(f"{sum(row[3] == 'yes' for row in met)} of {len(met)} goals met: {PAGE}")
+    judged = [row for row in met if row[3]]
+    print(f"{sum(row[3] == 'yes' for row in judged)} of {len(judged)} goals met: {PAGE}")
 
 
 if __name__ == "__main__":

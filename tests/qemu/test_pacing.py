@@ -52,19 +52,17 @@ def page_out(pid: int, ranges: Sequence[truth.Range]) -> None:
     try:
         for first in range(0, len(ranges), IOV_MAX):
             some = ranges[first : first + IOV_MAX]
-            vector = (Iovec * len(some))(*((r.start, r.size) for r in some))
+            vector = (Iovec * len(some))(*(Iovec(r.start, r.size) for r in some))
             if libc.syscall(SYS_PROCESS_MADVISE, handle, vector, len(some), MADV_PAGEOUT, 0) < 0:
                 raise OSError(ctypes.get_errno(), "process_madvise")
     finally:
         os.close(handle)
 
 
-def bytes_per_rest(guest: Guest) -> float:
-    """Locks all of guest RAM; how much of it between two pauses of the lock thread, each of which is a switch."""
-    task = truth.threads(guest.pid)["ramlock-lock"]
-    before = truth.switches(guest.pid, task)
-    guest.guarantee(SIZE)
-    return SIZE / (truth.switches(guest.pid, task) - before)
+def bytes_per_step(guest: Guest) -> float:
+    """Locks all of guest RAM; how much of it in one system call."""
+    before = int(guest.query()["step-times"]["count"])
+    return SIZE / (int(guest.guarantee(SIZE)["step-times"]["count"]) - before)
 
 
 def swapped(guest: Guest) -> int:
@@ -77,16 +75,16 @@ def n_mappings(pid: int) -> int:
 
 def test_steps_are_as_long_as_memory_is_quick(guest: Guest) -> None:
     """What is in swap takes many times as long as what is resident, so as many times less is taken at once."""
-    resident = bytes_per_rest(guest)
+    resident = bytes_per_step(guest)
     guest.guarantee(0)
     page_out(guest.pid, [guest.ram()])
     assert swapped(guest) > SIZE / 2
-    in_swap = bytes_per_rest(guest)
+    in_swap = bytes_per_step(guest)
     assert swapped(guest) < SIZE / 8
     assert in_swap < resident / 4
     guest.guarantee(0)
     # And back: what was learnt from swap is not held against memory.
-    assert bytes_per_rest(guest) > resident / 2
+    assert bytes_per_step(guest) > resident / 2
     assert_holds(guest, SIZE)
 
 
