@@ -111,7 +111,7 @@ bench: ## Measure who waits while memory is locked, against the usual ways; writ
 	@.ci/deps bench
 	@+$(AGAIN) ready build/bench/bystander.so $(VENV)/.bench
 	@$(PYTHON_BIN) benchmarks/lock.py --size $(SIZE) $(if $(QUICK),--quick) $(if $(KVM),--kvm)
-	@$(PYTHON_BIN) benchmarks/report.py
+	@$(PYTHON_BIN) benchmarks/report.py $(if $(QUICK),--quick)
 	@$(PYTHON_BIN) benchmarks/silence.py
 	@$(PYTHON_BIN) benchmarks/inject.py
 

@@ -7,6 +7,7 @@ again between two measurements, so that all ways are measured in one VM, in turn
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -71,6 +72,11 @@ class Measured:
     def worst(self) -> float:
         """The longest wait of anybody."""
         return max((samples.longest for samples in self.waits.values()), default=0.0)
+
+
+def measured_of(data: dict[str, Any]) -> Measured:
+    """One as it was written by lock.py."""
+    return Measured(**{**data, "waits": {name: Samples(**samples) for name, samples in data["waits"].items()}})
 
 
 class Bystander:
@@ -237,7 +243,10 @@ class Vm:
 
 
 class Watch:
-    """Everybody who may have to wait, while it is entered; `waits` afterwards. Without `inside` only the guest."""
+    """Everybody who may have to wait, while it is entered; `waits` afterwards. Without `inside` only the guest.
+
+    This process has real-time priority meanwhile: else the QMP client, once answered, waits for a processor.
+    """
 
     def __init__(self, vm: Vm, inside: bool = True) -> None:
         self.waits: dict[str, Samples] = {}
@@ -247,6 +256,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._vm.guest.agent.ask("feel")
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # the client's thread inherits it
         if self._inside:
             self._vm.helper.ask("watch")
             self._silence.__enter__()
@@ -256,9 +266,11 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            time.sleep(0.2)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         if error is not None:
             return
-        time.sleep(0.2)
         if self._inside:
             self._silence.__exit__(kind, error, trace)
             self.waits["QMP round trip"] = Samples.of(self._silence.waits)

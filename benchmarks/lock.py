@@ -22,11 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kvm
-from bench import Measured, Vm, Watch
+from bench import Measured, Vm, Watch, measured_of
 from tests.qemu.guest import GIB, ROOT
 from tests.qemu.pressure import Zram
 
 RESULTS = ROOT / "build/bench"
+QUICK = RESULTS / "quick"  # what a quick look found is nothing to publish
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # Name: (transparent huge pages, state of the DIMM, part of the size)
 KINDS = {
@@ -124,8 +125,13 @@ class Rounds:
         self.measured.setdefault(name, []).append(Measured(*took, waits={}, grown=grown))
 
 
-def run(kind: str, size: int, rounds: int, accel: str) -> None:
-    """Measures one kind of memory and writes what was found."""
+def path_of(folder: Path, kind: str, size: int) -> Path:
+    """Where its results are."""
+    return folder / f"{kind.replace(' ', '-')}-{size // GIB}.json"
+
+
+def run(folder: Path, kind: str, size: int, rounds: int, accel: str, more: bool) -> None:
+    """Measures one kind of memory and writes what was found; with `more` it adds to what was found before."""
     pages, state, part = KINDS[kind]
     size = int(size * part) // GIB * GIB or GIB
     with ExitStack() as stack:
@@ -142,13 +148,17 @@ def run(kind: str, size: int, rounds: int, accel: str) -> None:
         vm.guarantee(64 << 20)
         wakeups.append(vm.wakeups(10))
         work = Rounds(vm, state)
+        if more and path_of(folder, kind, size).exists():
+            former = json.loads(path_of(folder, kind, size).read_text())
+            work.measured = {name: [measured_of(m) for m in many] for name, many in former["measured"].items()}
+            work.events = former["events"]
         for number in range(rounds):
             work.round()
             print(f"{kind}, {size // GIB} GiB: round {number + 1} of {rounds}", file=sys.stderr)
-            save(kind, size, accel, wakeups, work)
+            save(folder, kind, size, accel, wakeups, work)
 
 
-def save(kind: str, size: int, accel: str, wakeups: list[int], work: Rounds) -> None:
+def save(folder: Path, kind: str, size: int, accel: str, wakeups: list[int], work: Rounds) -> None:
     """Writes what was found so far: an interrupted run is worth its rounds."""
     memory = os.sysconf("SC_PHYS_PAGES") * 4096 / GIB
     result = {
@@ -162,8 +172,8 @@ def save(kind: str, size: int, accel: str, wakeups: list[int], work: Rounds) -> 
         "measured": {name: [dataclasses.asdict(m) for m in many] for name, many in work.measured.items()},
         "events": work.events,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{kind.replace(' ', '-')}-{size // GIB}.json").write_text(json.dumps(result))
+    folder.mkdir(parents=True, exist_ok=True)
+    path_of(folder, kind, size).write_text(json.dumps(result))
 
 
 def main() -> None:
@@ -172,6 +182,7 @@ def main() -> None:
     parser.add_argument("--size", default="8G", help="memory that is locked, in GiB (swapped: a quarter of it)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kind", action="append", choices=KINDS, help="of memory; all when not given")
+    parser.add_argument("--more", action="store_true", help="add the rounds to those that were measured before")
     parser.add_argument("--quick", action="store_true", help="1 GiB, two rounds: to see whether it works")
     parser.add_argument("--kvm", action="store_true", help="under KVM, with its exits and MMU notifiers")
     options = parser.parse_args()
@@ -180,8 +191,9 @@ def main() -> None:
     if options.kvm and (why := kvm.unusable()):
         sys.exit(f"KVM cannot be used here: {why}\nRun make bench without KVM=1 for figures of emulation (TCG).")
     size, rounds = (GIB, 2) if options.quick else (int(options.size.rstrip("GgiB")) * GIB, options.rounds)
+    folder = QUICK if options.quick else RESULTS
     for kind in options.kind or KINDS:
-        run(kind, size, rounds, "kvm" if options.kvm else "tcg")
+        run(folder, kind, size, rounds, "kvm" if options.kvm else "tcg", options.more)
 
 
 if __name__ == "__main__":

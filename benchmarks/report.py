@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Makes docs/benchmarks.md, docs/stall.svg and docs/speed.svg of what lock.py measured last (`make bench`)."""
+"""Makes docs/benchmarks.md, docs/stall.svg and docs/speed.svg of what lock.py measured last (`make bench`).
+
+With --quick it makes them of a quick look (`make bench QUICK=1`), and in build/bench/quick.
+"""
 
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
@@ -14,8 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib as mpl
-from bench import WATCHERS, Measured, Samples, pool
-from lock import KINDS, RESULTS
+from bench import WATCHERS, Measured, Samples, measured_of, pool
+from lock import KINDS, QUICK, RESULTS
 from matplotlib import pyplot as plt
 from tests.qemu.guest import GIB, MIB, ROOT
 
@@ -40,7 +43,7 @@ class Run:
         self.machine = f"{data['machine']}, {data['accel'].upper()}, {data['date']}"
         self.wakeups: list[int] = data["wakeups"]
         self.events: dict[str, list[dict[str, int]]] = data["events"]
-        self.measured = {name: [_measured(m) for m in many] for name, many in data["measured"].items()}
+        self.measured = {name: [measured_of(m) for m in many] for name, many in data["measured"].items()}
 
     @property
     def title(self) -> str:
@@ -60,10 +63,6 @@ class Run:
     def rate(self, way: str) -> float:
         """GiB/s: median over the rounds."""
         return self.size / GIB / self.median(way, wall)
-
-
-def _measured(data: dict[str, Any]) -> Measured:
-    return Measured(**{**data, "waits": {name: Samples(**samples) for name, samples in data["waits"].items()}})
 
 
 def worst(m: Measured) -> float:
@@ -147,7 +146,7 @@ def goals(run: Run) -> list[list[str]]:
     )
     judge("throughput against one mlock: 0.95 x", value, value >= 0.95, limit=("by processor time", limit))
     if "idle guest: ramlock, 2 threads" in run.measured:
-        # The rival has only the DIMM to do; the guarantee is for all of guest RAM. What counts is what each allocated in a second.
+        # The rival has only the DIMM to do, the guarantee is for all of guest RAM: so what each allocated in a second.
         value = run.ratio("idle guest: ramlock, 2 threads", "idle guest: prealloc, 2 threads", allocation_rate)
         judge("2 threads against prealloc-threads=2: 0.95 x", value, value >= 0.95)
     if run.kind == "resident":
@@ -246,13 +245,14 @@ def save(figure: Any, path: Path) -> None:
 
 def main() -> None:
     """Writes page and plots."""
+    results, docs = (QUICK, QUICK) if "--quick" in sys.argv[1:] else (RESULTS, PAGE.parent)
     runs = sorted(
-        (Run(path) for path in RESULTS.glob("*.json")), key=lambda run: (list(KINDS).index(run.kind), run.size)
+        (Run(path) for path in results.glob("*.json")), key=lambda run: (list(KINDS).index(run.kind), run.size)
     )
     if not runs:
         sys.exit("Nothing was measured yet.\nRun make bench.")
-    plot_stalls(runs, ROOT / "docs/stall.svg")
-    plot_speed(runs, ROOT / "docs/speed.svg")
+    plot_stalls(runs, docs / "stall.svg")
+    plot_speed(runs, docs / "speed.svg")
     met = [row for run in runs for row in goals(run)]
     text = [
         "![The longest wait of anybody while guest RAM was locked](stall.svg)\n",
@@ -265,9 +265,10 @@ def main() -> None:
     page = PAGE.read_text()
     head, _, rest = page.partition(BEGIN)
     tail = rest.partition(END)[2]
-    PAGE.write_text(f"{head}{BEGIN}\n" + "\n".join(text) + f"{END}{tail}")
+    written = docs / PAGE.name
+    written.write_text(f"{head}{BEGIN}\n" + "\n".join(text) + f"{END}{tail}")
     judged = [row for row in met if row[3]]
-    print(f"{sum(row[3] == 'yes' for row in judged)} of {len(judged)} goals met: {PAGE}")
+    print(f"{sum(row[3] == 'yes' for row in judged)} of {len(judged)} goals met: {written}")
 
 
 if __name__ == "__main__":
