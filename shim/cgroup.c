@@ -17,6 +17,12 @@
 
 static const uint64_t MIB = 1 << 20;
 
+/*
+ * What is not locked of a limit is at least this part of what the memory that is not locked wants, in memory or in swap: with
+ * much less, whatever is fetched from swap pushes out what is needed next, and there the kernel kills although swap is free.
+ */
+enum { CUSHION_PART = 2 };
+
 static void close_levels(struct cgroups *c)
 {
 	for (unsigned int i = 0; i < c->n_levels; i++) {
@@ -185,14 +191,16 @@ static uint64_t stat_value(const char *stat, bool v1, const char *key)
 	return smallfile_value(stat, name, 10, &value) ? 0 : value;
 }
 
-/* Bytes that the cgroup may still put into swap; what cannot be read is nothing. */
-static uint64_t swap_left(const struct cgroup_level *level)
+/* What of the cgroup is in swap, and what it may still put there; false when that cannot be read. */
+static bool read_swap(const struct cgroup_level *level, uint64_t usage, struct evictable *e)
 {
-	uint64_t limit, usage;
+	uint64_t limit, used;
 
-	if (read_number(level->swap_limit, &limit) || read_number(level->swap_usage, &usage))
-		return 0;
-	return limit > usage ? limit - usage : 0;
+	if (read_number(level->swap_limit, &limit) || read_number(level->swap_usage, &used))
+		return false;
+	e->swap = limit > used ? limit - used : 0;
+	e->swapped = !level->v1 ? used : used > usage ? used - usage : 0;
+	return true;
 }
 
 static uint64_t reserve_of(uint64_t limit)
@@ -200,9 +208,12 @@ static uint64_t reserve_of(uint64_t limit)
 	return limit / 16 > 64 * MIB ? limit / 16 : 64 * MIB;
 }
 
-/* Reads @e and *@limit, which is UINT64_MAX for none. Returns 0 or -errno. */
-static int read_level(const struct cgroup_level *level, uint64_t swap_free, struct evictable *e, uint64_t *inactive_file,
-		      uint64_t *limit)
+/*
+ * Reads @e and *@limit, which is UINT64_MAX for none. What it may swap may not be readable (a kernel without accounting of swap):
+ * then @swap_unknown. Returns 0 or -errno.
+ */
+static int read_level(const struct cgroup_level *level, uint64_t swap_free, uint64_t swap_unknown, struct evictable *e,
+		      uint64_t *inactive_file, uint64_t *limit)
 {
 	char stat[16384];
 	uint64_t high, usage;
@@ -221,7 +232,8 @@ static int read_level(const struct cgroup_level *level, uint64_t swap_free, stru
 		return 0;
 	}
 	e->free = *limit > usage ? *limit - usage : 0;
-	e->swap = swap_left(level);
+	if (!read_swap(level, usage, e))
+		e->swap = swap_unknown;
 	if (e->swap > swap_free)
 		e->swap = swap_free;
 	if (!smallfile_read(level->stat, stat, sizeof(stat))) {
@@ -234,15 +246,15 @@ static int read_level(const struct cgroup_level *level, uint64_t swap_free, stru
 
 /*
  * What one cgroup leaves: its limit less its usage and a reserve, plus the page cache that the kernel gives up easily,
- * plus half of the anonymous memory that could go to swap.
+ * plus half of the anonymous memory that could go to swap; and no more than leaves the rest its cushion.
  */
 static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free, bool of_file)
 {
-	uint64_t limit, left, inactive_file, reserve;
+	uint64_t limit, left, inactive_file, reserve, most;
 	struct evictable e;
 
 	(void)of_file;
-	if (read_level(level, swap_free, &e, &inactive_file, &limit))
+	if (read_level(level, swap_free, 0, &e, &inactive_file, &limit))
 		return 0;
 	if (limit == UINT64_MAX)
 		return UINT64_MAX;
@@ -250,7 +262,9 @@ static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free,
 	if (left > limit)
 		left = limit;
 	reserve = reserve_of(limit);
-	return left > reserve ? left - reserve : 0;
+	left = left > reserve ? left - reserve : 0;
+	most = evictable_beyond_cushion(&e);
+	return left < most ? left : most;
 }
 
 static uint64_t level_pinnable(const struct cgroup_level *level, uint64_t swap_free, bool of_file)
@@ -258,20 +272,29 @@ static uint64_t level_pinnable(const struct cgroup_level *level, uint64_t swap_f
 	uint64_t limit, inactive_file;
 	struct evictable e;
 
-	if (read_level(level, swap_free, &e, &inactive_file, &limit))
+	if (read_level(level, swap_free, UINT64_MAX, &e, &inactive_file, &limit))
 		return 0;
 	return limit == UINT64_MAX ? UINT64_MAX : evictable_pinnable(&e, reserve_of(limit), of_file);
 }
 
+uint64_t evictable_beyond_cushion(const struct evictable *e)
+{
+	uint64_t room = e->free + e->file + e->anon, cushion = (e->anon + e->swapped) / CUSHION_PART;
+
+	if (!e->swap && !e->swapped)
+		return UINT64_MAX;
+	return room > cushion ? room - cushion : 0;
+}
+
 uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of_file)
 {
-	uint64_t swappable = e->anon < e->swap ? e->anon : e->swap;
+	uint64_t swappable = e->anon < e->swap ? e->anon : e->swap, most = evictable_beyond_cushion(e);
 	uint64_t left = e->free + e->file + swappable;
 
 	left = left > reserve ? left - reserve : 0;
-	if (of_file)
-		return left;
-	return e->swap ? left + (e->anon - swappable) : UINT64_MAX;
+	if (!of_file)
+		left = e->swap ? left + (e->anon - swappable) : UINT64_MAX;
+	return left < most ? left : most;
 }
 
 /* Whether the process is still in the cgroups whose files are open. */

@@ -49,11 +49,18 @@ struct evictable {
 	uint64_t file; /* page cache */
 	uint64_t anon; /* memory that swap is needed for, and not locked */
 	uint64_t swap; /* how much of it swap can take */
+	uint64_t swapped; /* what is there already, and will be wanted again */
 };
 
 /*
- * Bytes of memory that is there and may be locked, so that besides @reserve stays free or can be made so; @of_file: of page
- * cache. What swap cannot take stays there anyway, and may be locked.
+ * Bytes that may be taken from it, so that what is left is at least half of what else is wanted of it, in memory or in swap;
+ * UINT64_MAX where nothing can be swapped.
+ */
+uint64_t evictable_beyond_cushion(const struct evictable *e);
+
+/*
+ * Bytes of memory that is there and may be locked, so that besides @reserve stays free or can be made so, and the cushion is
+ * left; @of_file: of page cache. What swap cannot take stays there anyway, and may be locked.
  */
 uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of_file);
 

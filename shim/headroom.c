@@ -42,20 +42,34 @@ const char *shortage_name(enum shortage s)
 	return shortage_names[s];
 }
 
-/* Reads /proc/meminfo. Returns whether @available and @total, in bytes, could be read; @swap_free is 0 if it could not. */
-static bool read_meminfo(const struct headroom *h, uint64_t *available, uint64_t *total, uint64_t *swap_free)
+/*
+ * Reads /proc/meminfo: @host, whose free memory is what the kernel says is available, page cache included, and @total, in bytes.
+ * Returns 0 or -errno.
+ */
+static int read_meminfo(const struct headroom *h, struct evictable *host, uint64_t *total)
 {
+	uint64_t active = 0, inactive = 0, swap = 0, free = 0, cached = 0;
 	char text[8192];
+	int err = smallfile_read(h->meminfo, text, sizeof(text));
 
-	if (smallfile_read(h->meminfo, text, sizeof(text)) || smallfile_value(text, "MemAvailable:", 10, available) ||
-	    smallfile_value(text, "MemTotal:", 10, total))
-		return false;
-	*available *= 1024;
+	*host = (struct evictable){ .free = 0 };
+	if (!err)
+		err = smallfile_value(text, "MemAvailable:", 10, &host->free);
+	if (!err)
+		err = smallfile_value(text, "MemTotal:", 10, total);
+	if (err)
+		return err;
+	smallfile_value(text, "Active(anon):", 10, &active);
+	smallfile_value(text, "Inactive(anon):", 10, &inactive);
+	smallfile_value(text, "SwapTotal:", 10, &swap);
+	smallfile_value(text, "SwapFree:", 10, &free);
+	smallfile_value(text, "SwapCached:", 10, &cached); /* in memory as well */
+	host->free *= 1024;
+	host->anon = (active + inactive) * 1024;
+	host->swap = free * 1024;
+	host->swapped = swap > free + cached ? (swap - free - cached) * 1024 : 0;
 	*total *= 1024;
-	*swap_free = 0;
-	if (!smallfile_value(text, "SwapFree:", 10, swap_free))
-		*swap_free *= 1024;
-	return true;
+	return 0;
 }
 
 void headroom_init(struct headroom *h)
@@ -67,13 +81,13 @@ void headroom_init(struct headroom *h)
 
 void headroom_open(struct headroom *h, const char *root)
 {
-	uint64_t available, swap_free;
+	struct evictable host;
 
 	h->meminfo = smallfile_open(root, "proc/meminfo");
 	h->status = smallfile_open(root, "proc/self/status");
 	h->maps = smallfile_open(root, "proc/self/maps");
 	h->max_map_count = smallfile_open(root, "proc/sys/vm/max_map_count");
-	if (!read_meminfo(h, &available, &h->total, &swap_free))
+	if (read_meminfo(h, &host, &h->total))
 		h->total = 0;
 	cgroups_open(&h->cgroups, root);
 	numa_open(&h->numa, root);
@@ -171,53 +185,60 @@ static uint64_t cgroups_allow(struct headroom *h, uint64_t swap_free, uint64_t n
 	return !h->cgroups.known || leased < seen ? leased : seen;
 }
 
+/* Makes *@left the smaller @here, for which @reason is why. */
+static void tighten(uint64_t *left, uint64_t here, enum shortage *why, enum shortage reason)
+{
+	if (here < *left) {
+		*left = here;
+		*why = reason;
+	}
+}
+
 uint64_t headroom_memory(struct headroom *h, const struct headroom_ask *ask, enum shortage *why)
 {
-	uint64_t available, total, swap_free, reserve, left, here;
+	uint64_t total, reserve, left, here;
+	struct evictable host;
 
 	*why = SHORTAGE_HOST_MEMORY;
-	if (!read_meminfo(h, &available, &total, &swap_free))
+	if (read_meminfo(h, &host, &total))
 		return 0;
 	reserve = headroom_reserve(h, ask->reserve);
-	left = available > reserve ? available - reserve : 0;
-	here = ask->nodes ? numa_left(&h->numa, ask->nodes) : UINT64_MAX;
-	if (here < left) {
-		*why = SHORTAGE_NUMA_NODE;
-		left = here;
-	}
-	here = cgroups_allow(h, swap_free, ask->now_ns);
-	if (here < left || h->cgroups_unknown) {
+	left = host.free > reserve ? host.free - reserve : 0;
+	tighten(&left, evictable_beyond_cushion(&host), why, SHORTAGE_HOST_MEMORY);
+	if (ask->nodes)
+		tighten(&left, numa_left(&h->numa, ask->nodes), why, SHORTAGE_NUMA_NODE);
+	here = cgroups_allow(h, host.swap, ask->now_ns);
+	tighten(&left, here, why, SHORTAGE_CGROUP);
+	if (h->cgroups_unknown)
 		*why = SHORTAGE_CGROUP;
-		left = here;
-	}
 	return left;
 }
 
 uint64_t headroom_pinnable(struct headroom *h, const struct headroom_ask *ask, bool of_file, enum shortage *why)
 {
-	struct evictable host = { .free = 0 };
-	uint64_t total, left, here, active = 0, inactive = 0, until_ns = atomic_load(&h->lease.until_ns);
-	char text[8192];
+	uint64_t total, left, here;
+	struct evictable host;
 
 	*why = SHORTAGE_HOST_MEMORY;
-	if (!read_meminfo(h, &host.free, &total, &host.swap) || smallfile_read(h->meminfo, text, sizeof(text)))
+	if (read_meminfo(h, &host, &total))
 		return 0;
-	if (smallfile_value(text, "Active(anon):", 10, &active) || smallfile_value(text, "Inactive(anon):", 10, &inactive))
-		active = inactive = 0;
-	host.anon = (active + inactive) * 1024;
 	left = evictable_pinnable(&host, headroom_reserve(h, ask->reserve), of_file);
+	if (ask->nodes)
+		tighten(&left, numa_pinnable(&h->numa, ask->nodes, host.swap, of_file), why, SHORTAGE_NUMA_NODE);
 	here = cgroups_pinnable(&h->cgroups, host.swap, of_file);
-	if (!h->cgroups.known || until_ns) {
-		/* What we do not see can take nothing away where nothing can be evicted; else it leaves what we are told. */
-		uint64_t told = host.swap || of_file ? cgroups_allow(h, host.swap, ask->now_ns) : UINT64_MAX;
-
-		here = !h->cgroups.known || told < here ? told : here;
-	}
-	if (here < left) {
-		*why = SHORTAGE_CGROUP;
-		left = here;
-	}
+	if (h->cgroups.known)
+		tighten(&left, here, why, SHORTAGE_CGROUP);
+	/* What we do not see can take nothing away where nothing can be evicted; else it leaves what we are told. */
+	h->pins_lease = (!h->cgroups.known || atomic_load(&h->lease.until_ns)) && (host.swap || host.swapped || of_file);
+	if (h->pins_lease)
+		tighten(&left, cgroups_allow(h, host.swap, ask->now_ns), why, SHORTAGE_CGROUP);
 	return left;
+}
+
+void headroom_spend_pin(struct headroom *h, uint64_t size)
+{
+	if (h->pins_lease)
+		headroom_spend(h, size);
 }
 
 void headroom_explain(const struct headroom *h, enum shortage why, uint64_t left, char *text, size_t size)

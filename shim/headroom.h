@@ -49,6 +49,7 @@ struct headroom {
 	struct numa numa;
 	struct lease lease; /* written by the control thread too */
 	bool cgroups_unknown; /* at the last headroom_memory() what they leave was not known */
+	bool pins_lease; /* at the last headroom_pinnable() the lease was asked as well */
 };
 
 void headroom_init(struct headroom *h);
@@ -96,6 +97,9 @@ uint64_t headroom_pinnable(struct headroom *h, const struct headroom_ask *ask, b
 
 /* @cost bytes are going to be allocated. */
 void headroom_spend(struct headroom *h, uint64_t cost);
+
+/* @size bytes that are there are going to be locked, as headroom_pinnable() has allowed. */
+void headroom_spend_pin(struct headroom *h, uint64_t size);
 
 /* Says in @text that @why leaves @left bytes. */
 void headroom_explain(const struct headroom *h, enum shortage why, uint64_t left, char *text, size_t size);

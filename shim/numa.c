@@ -2,6 +2,7 @@
 /* Memory of NUMA nodes; numa(7), get_mempolicy(2). */
 #include "numa.h"
 
+#include "cgroup.h"
 #include "fd.h"
 #include "smallfile.h"
 
@@ -74,6 +75,29 @@ static uint64_t node_value(const char *text, unsigned int node, const char *key)
 	return smallfile_value(text, name, 10, &kib) ? 0 : kib * 1024;
 }
 
+static uint64_t reserve_of(uint64_t total)
+{
+	return total / 50 > 64 * MIB ? total / 50 : 64 * MIB;
+}
+
+uint64_t numa_pinnable(const struct numa *n, uint64_t nodes, uint64_t swap_free, bool of_file)
+{
+	struct evictable e = { .swap = swap_free };
+	uint64_t total = 0;
+
+	for (unsigned int i = 0; i < NUMA_NODES_MAX; i++) {
+		char text[8192];
+
+		if (!(nodes >> i & 1) || smallfile_read(n->meminfo[i], text, sizeof(text)))
+			continue;
+		total += node_value(text, i, "MemTotal");
+		e.free += node_value(text, i, "MemFree");
+		e.file += node_value(text, i, "Inactive(file)") + node_value(text, i, "Active(file)");
+		e.anon += node_value(text, i, "Inactive(anon)") + node_value(text, i, "Active(anon)");
+	}
+	return evictable_pinnable(&e, reserve_of(total), of_file);
+}
+
 uint64_t numa_left(const struct numa *n, uint64_t nodes)
 {
 	uint64_t left = 0, total = 0, reserve;
@@ -87,6 +111,6 @@ uint64_t numa_left(const struct numa *n, uint64_t nodes)
 		left += node_value(text, i, "MemFree") + node_value(text, i, "Inactive(file)") +
 			node_value(text, i, "Active(file)") / 2;
 	}
-	reserve = total / 50 > 64 * MIB ? total / 50 : 64 * MIB;
+	reserve = reserve_of(total);
 	return left > reserve ? left - reserve : 0;
 }

@@ -6,6 +6,7 @@
 #ifndef RAMLOCK_NUMA_H
 #define RAMLOCK_NUMA_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 enum { NUMA_NODES_MAX = 64 };
@@ -27,5 +28,8 @@ uint64_t numa_bound(const struct numa *n, uint64_t address);
  * and 2 %). What cannot be read is nothing.
  */
 uint64_t numa_left(const struct numa *n, uint64_t nodes);
+
+/* Bytes of memory that is there on @nodes and may be locked; as evictable_pinnable(), with the same reserve. @swap_free is the host's. */
+uint64_t numa_pinnable(const struct numa *n, uint64_t nodes, uint64_t swap_free, bool of_file);
 
 #endif

@@ -142,11 +142,12 @@ static bool afford_pin(struct stepper *st, const struct step *s, uint64_t size, 
 
 	if (!size)
 		return true;
-	if (size > st->pin_credit || ask.now_ns >= st->pin_until_ns) {
+	if (size > st->pin_credit || ask.now_ns >= st->pin_until_ns || ask.nodes != st->pin_nodes) {
 		uint64_t left = headroom_pinnable(&st->headroom, &ask, s->of_file && s->shared, &why);
 
 		st->pin_credit = left / 8 >= size ? left / 8 : left / 2 >= size ? size : 0;
 		st->pin_until_ns = ask.now_ns + CREDIT_NS;
+		st->pin_nodes = ask.nodes;
 		if (!st->pin_credit) {
 			o->shortage = why;
 			headroom_explain(&st->headroom, why, left, o->text, sizeof(o->text));
@@ -154,6 +155,7 @@ static bool afford_pin(struct stepper *st, const struct step *s, uint64_t size, 
 		}
 	}
 	st->pin_credit -= size;
+	headroom_spend_pin(&st->headroom, size);
 	return true;
 }
 

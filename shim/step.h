@@ -79,6 +79,7 @@ struct stepper {
 	uint64_t credit; /* bytes that headroom_memory() granted */
 	uint64_t pin_credit; /* bytes that headroom_pinnable() granted */
 	uint64_t pin_until_ns; /* CLOCK_MONOTONIC */
+	uint64_t pin_nodes; /* as credit_nodes */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
 	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */

@@ -54,6 +54,7 @@ class Gate:
         ask = room.Ask(
             want,
             reserve,
+            held=now.held,
             hugetlb=sum(block.size for block in now.blocks if block.backing == "hugetlb"),
             file_backed=sum(block.size for block in now.blocks if block.backing == "file"),
         )
@@ -77,7 +78,7 @@ class Gate:
         if known is None or not (known or self._blind):
             return  # a shim that was told once has to be told always; where there is no limit it need not be
         level = cgroups.tightest(known)
-        left = cgroups.NO_LIMIT if level is None else level.left
+        left = cgroups.NO_LIMIT if level is None else level.allowed
         with suppress(CommandError):  # a shim that does not know this does without
             client.execute(
                 "set-headroom-limits", {"cgroup-left": left, "valid-s": self._valid}, deadline=Deadline(ANSWER_TIME)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ramlock import procfs
+from ramlock.evictable import Evictable
 from ramlock.text import printable
 
 NO_LIMIT = 1 << 62
@@ -27,11 +28,17 @@ class Level(NamedTuple):
     limit: int
     left: int
     """What may still be allocated: less the reserve, with what the kernel gives up easily."""
+    evictable: Evictable
 
     @property
     def reserve(self) -> int:
         """What QEMU itself needs; locked memory gives none back."""
         return max(self.limit // 16, _RESERVE_LEAST)
+
+    @property
+    def allowed(self) -> int:
+        """What may be allocated and locked so that the rest keeps its cushion, too."""
+        return min(self.left, self.evictable.beyond_cushion()) if self.evictable.swaps else self.left
 
 
 def levels(pid: int, swap_free: int, proc: Path = procfs.PROC, root: Path = Path("/")) -> list[Level] | None:
@@ -54,7 +61,7 @@ def levels(pid: int, swap_free: int, proc: Path = procfs.PROC, root: Path = Path
 
 def tightest(known: list[Level]) -> Level | None:
     """Return the level that leaves least; None when there is no limit."""
-    return min(known, key=lambda level: level.left, default=None)
+    return min(known, key=lambda level: level.allowed, default=None)
 
 
 def _chain(path: str, v1: bool, swap_free: int, proc: Path, root: Path) -> list[Level] | None:
@@ -110,27 +117,34 @@ def _level(folder: Path, path: str, v1: bool, swap_free: int) -> Level | None:
         limit, file = high, "memory.high"
     if limit >= NO_LIMIT:
         return None
-    left = max(limit - _number(folder / ("memory.usage_in_bytes" if v1 else "memory.current")), 0)
+    usage = _number(folder / ("memory.usage_in_bytes" if v1 else "memory.current"))
+    free = max(limit - usage, 0)
     counters = dict(re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.MULTILINE))
     prefix = "total_" if v1 else ""  # v1's plain counters leave out the children
     anonymous = int(counters.get(f"{prefix}inactive_anon", 0)) + int(counters.get(f"{prefix}active_anon", 0))
-    left += int(counters.get(f"{prefix}inactive_file", 0))
-    left += min(anonymous, _swap_left(folder, v1), swap_free) // 2
-    level = Level(printable(path), file, limit, 0)
-    return level._replace(left=max(min(left, limit) - level.reserve, 0))
+    inactive, active = (int(counters.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
+    swap = _swap(folder, v1, usage)
+    room, swapped = (min(swap[0], swap_free), swap[1]) if swap else (0, 0)
+    left = min(free + inactive + min(anonymous, room) // 2, limit)
+    # Who does not tell what may be swapped can swap, but is not relied on to.
+    swaps = bool(room or swapped or (swap is None and swap_free))
+    evictable = Evictable(free + inactive + active + anonymous, anonymous + swapped, swaps)
+    level = Level(printable(path), file, limit, 0, evictable)
+    return level._replace(left=max(left - level.reserve, 0))
 
 
-def _swap_left(folder: Path, v1: bool) -> int:
+def _swap(folder: Path, v1: bool, usage: int) -> tuple[int, int] | None:
+    """Return how much may still go to swap and how much is there, in bytes; None when that is not told."""
     names = (
         ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes")
         if v1
         else ("memory.swap.max", "memory.swap.current")
     )
     try:
-        limit, usage = (_number(folder / name) for name in names)
+        limit, used = (_number(folder / name) for name in names)
     except (OSError, ValueError):
-        return 0
-    return max(limit - usage, 0)
+        return None
+    return max(limit - used, 0), max(used - usage, 0) if v1 else used
 
 
 def _number(path: Path) -> int:

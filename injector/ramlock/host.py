@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ramlock import procfs
+from ramlock.evictable import Evictable
 
 CAP_IPC_LOCK = 14
 SLACK = 16 << 20
@@ -40,6 +41,7 @@ class MemoryFacts(NamedTuple):
     swap_free: int
     hugetlb: int
     """Set aside for huge pages."""
+    evictable: Evictable
     swap_total: int = 0
 
 
@@ -47,12 +49,16 @@ def memory(proc: Path = procfs.PROC) -> MemoryFacts | None:
     """Read /proc/meminfo; None when it cannot be."""
     try:
         text = (proc / "meminfo").read_text(errors="replace")
-        kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s*(\d+) kB$", text, re.MULTILINE)}
-        sizes = [kib["MemTotal"], kib["MemAvailable"]]
-        sizes += [kib.get(name, 0) for name in ("SwapFree", "Hugetlb", "SwapTotal")]
+        kib = {name: int(value) for name, value in re.findall(r"^([\w()]+):\s*(\d+) kB$", text, re.MULTILINE)}
+        total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
     except (OSError, KeyError):
         return None
-    return MemoryFacts(*(size * 1024 for size in sizes))
+    swap_free, swap_total = kib.get("SwapFree", 0) * 1024, kib.get("SwapTotal", 0) * 1024
+    anonymous = (kib.get("Active(anon)", 0) + kib.get("Inactive(anon)", 0)) * 1024
+    # What is in swap and in memory as well counts once.
+    swapped = max(swap_total - swap_free - kib.get("SwapCached", 0) * 1024, 0)
+    evictable = Evictable(available + anonymous, anonymous + swapped, bool(swap_free or swapped))
+    return MemoryFacts(total, available, swap_free, kib.get("Hugetlb", 0) * 1024, evictable, swap_total)
 
 
 def reserve(total: int, asked: int | None) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ramlock import cgroups, host, memory, procfs
 from ramlock.errors import TooMuch
+from ramlock.evictable import Evictable
 from ramlock.sizes import MIB, format_apart, format_size
 from ramlock.text import printable
 
@@ -29,6 +30,8 @@ class Ask(NamedTuple):
     """The guarantee."""
     reserve: int | None
     """What the host keeps; None or 0: the default."""
+    held: int = 0
+    """What of it is locked already."""
     hugetlb: int = 0
     """Guest RAM on huge pages, which are set aside already."""
     file_backed: int = 0
@@ -79,47 +82,71 @@ def check_sum(pid: int, ask: Ask, proc: Path = procfs.PROC) -> TooMuch | None:
 
 
 def check(pid: int, ask: Ask, proc: Path = procfs.PROC, root: Path = Path("/")) -> TooMuch | None:
-    """Hold what has to be allocated for `ask` against what the host and the cgroups of `pid` leave.
+    """Hold what has to be allocated and locked for `ask` against what the host and the cgroups of `pid` leave.
 
     Returns what is in the way, or None when it fits or cannot be told.
     """
     facts = host.memory(proc)
-    resident = _resident(pid, proc)
-    if facts is None or resident is None:
+    there = _resident(pid, proc)
+    if facts is None or there is None:
         return None
-    need = ask.want - ask.hugetlb - ask.file_backed - resident
-    if need <= 0:
-        return None
+    resident, swapped = there
+    need = max(ask.want - ask.hugetlb - ask.file_backed - resident, 0)
+    more = max(ask.want - ask.hugetlb - ask.file_backed - ask.held, 0)
+    own = min(more, resident + swapped)
     reserve = host.reserve(facts.total, ask.reserve)
     asked = f"{format_size(need)} are asked beyond what is in memory already"
     for level in cgroups.levels(pid, facts.swap_free, proc, root) or []:
+        size, limit = format_apart(ask.want, level.limit)
+        where = f"the memory cgroup {level.path} with its limit of {limit}"
+        hint = f"raise {level.file} of {level.path}, ask for less, {_FORCE}"
         if need > level.left:
-            size, limit = format_apart(ask.want, level.limit)
             return TooMuch(
-                f"{size} does not fit: the memory cgroup {level.path} with its limit of {limit} leaves "
-                f"{format_size(level.left)} beyond a reserve of {format_size(level.reserve)}; {asked}",
-                f"raise {level.file} of {level.path}, ask for less, {_FORCE}",
+                f"{size} does not fit: {where} leaves {format_size(level.left)} beyond a reserve of "
+                f"{format_size(level.reserve)}; {asked}",
+                hint,
                 never=need > level.limit - level.reserve,
             )
+        if error := _check_cushion(size, level.evictable, level.reserve, more, own, where):
+            return TooMuch(error, hint, never=False)
     free = max(facts.available - reserve, 0)
+    hint = f"free memory on the host, ask for less, {_FORCE}"
     if need > free:
         return TooMuch(
             f"{format_size(ask.want)} does not fit: the host has {format_size(free)} available beyond a reserve of "
             f"{format_size(reserve)}; {asked}",
-            f"free memory on the host, ask for less, {_FORCE}",
+            hint,
             never=need > facts.total - facts.hugetlb - reserve,
         )
+    if error := _check_cushion(format_size(ask.want), facts.evictable, reserve, more, own, "the host"):
+        return TooMuch(error, hint, never=False)
     return None
 
 
-def _resident(pid: int, proc: Path) -> int | None:
-    """Return bytes of `pid` in memory that guest RAM may be part of, rather too many; None when unknown.
+def _check_cushion(size: str, evictable: Evictable, reserve: int, more: int, own: int, where: str) -> str | None:
+    """Hold what would be locked besides (`more`, of which `own` is in memory or swap now) against what others need.
+
+    Returns what is in the way. Where nothing can be swapped out, locked or not is the same to others.
+    """
+    if not evictable.swaps or more <= min(evictable.beyond_cushion(own), max(evictable.room - reserve, 0)):
+        return None
+    return (
+        f"{size} does not fit: of {where}, {format_size(max(evictable.room - more, 0))} would be left unlocked for "
+        f"{format_size(max(evictable.wanted - own, 0))} that are used besides, here or in swap; kept are at least half "
+        f"of that, and {format_size(reserve)}"
+    )
+
+
+def _resident(pid: int, proc: Path) -> tuple[int, int] | None:
+    """Return bytes of `pid` in memory, and in swap, that guest RAM may be part of, rather too many; None when unknown.
 
     Not from smaps, which walks all of its page tables under mmap_lock: that could stall the VM.
     """
     try:
         status = (proc / str(pid) / "status").read_text(errors="replace")
-        rss = {name: int(kib) * 1024 for name, kib in re.findall(r"^(Rss\w+):\s*(\d+) kB$", status, re.MULTILINE)}
+        rss = {
+            name: int(kib) * 1024 for name, kib in re.findall(r"^(Rss\w+|VmSwap):\s*(\d+) kB$", status, re.MULTILINE)
+        }
         with (proc / str(pid) / "maps").open("rb") as file:
             text = file.read(_MAPS_MOST + 1)
         maps = memory.parse_maps(text) if len(text) <= _MAPS_MOST else []
@@ -142,7 +169,8 @@ def _resident(pid: int, proc: Path) -> int | None:
         except OSError:
             return None
         files[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
-    return rss["RssAnon"] + rss.get("RssFile", 0) + max(rss.get("RssShmem", 0), sum(files.values()))
+    resident = rss["RssAnon"] + rss.get("RssFile", 0) + max(rss.get("RssShmem", 0), sum(files.values()))
+    return resident, rss.get("VmSwap", 0)
 
 
 def _table(everyone: list[Holder], pid: int, want: int) -> tuple[str, ...]:

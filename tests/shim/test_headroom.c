@@ -182,12 +182,12 @@ static void what_can_be_evicted_is_not_all_locked(void)
 	CHECK_EQ(pinnable(false, &why), UINT64_MAX);
 	CHECK_EQ(pinnable(true, &why), 0);
 	CHECK_EQ(why, SHORTAGE_CGROUP);
-	/* With swap for 200 MiB of it, 500 stay there anyway, and of the 200 as much as leaves the reserve. */
+	/* With swap for 200 MiB of it, of page cache as much as leaves the reserve; of the rest as much as leaves the cushion. */
 	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapFree: %d kB\nActive(anon): %d kB\nInactive(anon): 0 kB\n", 64 << 20, 8 << 20,
 	    8 << 20, 1 << 20);
 	put("sys/fs/cgroup/vm/memory.swap.max", "%lld\n", 300 * (long long)MIB);
 	put("sys/fs/cgroup/vm/memory.swap.current", "%lld\n", 100 * (long long)MIB);
-	CHECK_EQ(pinnable(false, &why), (500 + 24 + 30 + 200 - 64) * MIB);
+	CHECK_EQ(pinnable(false, &why), (24 + 30 + 700 - (700 + 100) / 2) * MIB);
 	CHECK_EQ(pinnable(true, &why), (24 + 30 + 200 - 64) * MIB);
 	CHECK_EQ(why, SHORTAGE_CGROUP);
 	/* The host: 400 MiB are available, 2 % of 64 GiB are kept, and 1 GiB can go to swap. */
@@ -200,6 +200,47 @@ static void what_can_be_evicted_is_not_all_locked(void)
 	put("proc/self/cgroup", "0::/elsewhere/../vm\n");
 	CHECK_EQ(pinnable(false, &why), 0);
 	CHECK_EQ(why, SHORTAGE_CGROUP);
+	end();
+}
+
+static void who_swaps_keeps_a_cushion(void)
+{
+	enum shortage why;
+
+	begin();
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapTotal: %d kB\nSwapFree: %d kB\n", 64 << 20, 8 << 20, 4 << 20,
+	    4 << 20);
+	put("proc/self/mountinfo", v1_mount, "/");
+	put("proc/self/cgroup", "4:memory:/vm\n");
+	put("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+	put("sys/fs/cgroup/memory/memory.usage_in_bytes", "1\n");
+	put("sys/fs/cgroup/memory/memory.stat", "\n");
+	put("sys/fs/cgroup/memory/vm/memory.limit_in_bytes", "%lld\n", 400 * (long long)MIB);
+	put("sys/fs/cgroup/memory/vm/memory.usage_in_bytes", "%lld\n", 400 * (long long)MIB);
+	put("sys/fs/cgroup/memory/vm/memory.stat", "total_inactive_anon %lld\ntotal_active_anon %lld\n", 200 * (long long)MIB,
+	    140 * (long long)MIB);
+	/* 340 MiB can be evicted, 160 are in swap: at least 250 have to stay so. */
+	put("sys/fs/cgroup/memory/vm/memory.memsw.limit_in_bytes", "9223372036854771712\n");
+	put("sys/fs/cgroup/memory/vm/memory.memsw.usage_in_bytes", "%lld\n", 560 * (long long)MIB);
+	CHECK_EQ(pinnable(false, &why), 90 * MIB);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	CHECK_EQ(left(&why), 90 * MIB);
+	put("sys/fs/cgroup/memory/vm/memory.memsw.usage_in_bytes", "%lld\n", 800 * (long long)MIB);
+	CHECK_EQ(pinnable(false, &why), 0);
+	CHECK_EQ(left(&why), 0);
+	/* Where nobody tells what the cgroup has in swap, it is taken to be able to swap, but not to make room by it. */
+	put("sys/fs/cgroup/memory/vm/memory.memsw.usage_in_bytes", "%s", "");
+	put("sys/fs/cgroup/memory/vm/memory.memsw.limit_in_bytes", "%s", "");
+	CHECK_EQ(left(&why), 0);
+	end();
+
+	/* The host: 1 GiB can be evicted and 8 GiB are in swap, of which 1 GiB is in memory as well. */
+	begin();
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapTotal: %d kB\nSwapFree: %d kB\nSwapCached: %d kB\nActive(anon): %d kB\n",
+	    64 << 20, 4 << 20, 16 << 20, 8 << 20, 1 << 20, 1 << 20);
+	CHECK_EQ(left(&why), (5 - 4) * 1024 * MIB);
+	CHECK_EQ(why, SHORTAGE_HOST_MEMORY);
+	CHECK_EQ(pinnable(false, &why), (5 - 4) * 1024 * MIB);
 	end();
 }
 
@@ -312,6 +353,27 @@ static void a_controller_tells_what_cannot_be_seen(void)
 	end();
 }
 
+static void what_is_locked_counts_against_what_was_told(void)
+{
+	enum shortage why;
+
+	begin();
+	put("proc/self/cgroup", "5:cpu,memory:/vm\n");
+	headroom_init(&h);
+	headroom_open(&h, root);
+	headroom_lease(&h, 300 * MIB, 2000);
+	CHECK_EQ(headroom_pinnable(&h, &ask, false, &why), UINT64_MAX); /* no swap: nothing can be evicted anyway */
+	headroom_spend_pin(&h, 200 * MIB);
+	CHECK_EQ(headroom_pinnable(&h, &ask, true, &why), 300 * MIB); /* page cache can */
+	headroom_spend_pin(&h, 200 * MIB);
+	CHECK_EQ(headroom_pinnable(&h, &ask, true, &why), 100 * MIB);
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapFree: %d kB\n", 64 << 20, 8 << 20, 1 << 20);
+	CHECK_EQ(headroom_pinnable(&h, &ask, false, &why), 100 * MIB);
+	CHECK_EQ(why, SHORTAGE_CGROUP);
+	headroom_deinit(&h);
+	end();
+}
+
 static void put_maps(int lines)
 {
 	char name[PATH_MAX];
@@ -396,7 +458,9 @@ static void this_machine_can_be_read(void)
 
 CHECK_MAIN(CASE(the_host_keeps_a_reserve), CASE(what_cannot_be_read_is_not_there), CASE(the_tightest_ancestor_counts),
 	   CASE(version_one_counts_the_children), CASE(what_can_be_evicted_is_not_all_locked),
+	   CASE(who_swaps_keeps_a_cushion),
 	   CASE(a_container_sees_its_part_of_the_tree),
 	   CASE(a_move_to_another_cgroup_is_noticed), CASE(the_locked_memory_limit),
-	   CASE(a_controller_tells_what_cannot_be_seen), CASE(mappings_run_out_before_the_kernel_says_so),
+	   CASE(a_controller_tells_what_cannot_be_seen), CASE(what_is_locked_counts_against_what_was_told),
+	   CASE(mappings_run_out_before_the_kernel_says_so),
 	   CASE(devices_of_the_host_are_noticed), CASE(this_machine_can_be_read))

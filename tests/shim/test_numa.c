@@ -76,6 +76,25 @@ static void the_node_is_tighter_than_the_host(void)
 	end();
 }
 
+static void what_is_there_is_not_all_locked(void)
+{
+	struct headroom_ask ask = { .nodes = 2 };
+	const uint64_t reserve = 32768 * MIB / 50;
+	enum shortage why;
+
+	begin();
+	CHECK_EQ(numa_pinnable(&h.numa, 2, 0, true), 1300 * MIB - reserve);
+	CHECK_EQ(numa_pinnable(&h.numa, 2, 0, false), UINT64_MAX); /* nothing can go to swap: locked or not is the same */
+	put("sys/devices/system/node/node1/meminfo", "Node 1 MemTotal: %d kB\nNode 1 MemFree: %d kB\nNode 1 Active(anon): %d kB\n", 32768 << 10,
+	    1000 << 10, 600 << 10);
+	CHECK_EQ(numa_pinnable(&h.numa, 2, 8192 * MIB, false), 1600 * MIB - reserve);
+	CHECK_EQ(numa_pinnable(&h.numa, 2, 8192 * MIB, true), 1600 * MIB - reserve);
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapFree: %d kB\n", 64 << 20, 32 << 20, 8 << 20);
+	CHECK_EQ(headroom_pinnable(&h, &ask, false, &why), 1600 * MIB - reserve);
+	CHECK_EQ(why, SHORTAGE_NUMA_NODE);
+	end();
+}
+
 static void a_bound_mapping_is_known(void)
 {
 	char *p = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -99,4 +118,5 @@ static void a_bound_mapping_is_known(void)
 	munmap(p, 8192);
 }
 
-CHECK_MAIN(CASE(a_node_has_what_is_free_less_a_reserve), CASE(the_node_is_tighter_than_the_host), CASE(a_bound_mapping_is_known))
+CHECK_MAIN(CASE(a_node_has_what_is_free_less_a_reserve), CASE(the_node_is_tighter_than_the_host),
+	   CASE(what_is_there_is_not_all_locked), CASE(a_bound_mapping_is_known))

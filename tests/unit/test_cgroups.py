@@ -7,6 +7,7 @@ import pytest
 
 from ramlock import cgroups
 from ramlock.cgroups import Level
+from ramlock.evictable import Evictable
 
 MIB = 1 << 20
 PID = 7
@@ -52,10 +53,12 @@ def test_the_tightest_ancestor(tree: Tree) -> None:
     tree.v2("sys/fs/cgroup/machine", 3200 * MIB, 2048 * MIB)
     tree.put("sys/fs/cgroup/machine/memory.stat", f"inactive_file {100 * MIB}\n")
     tree.v2("sys/fs/cgroup/machine/vm", "max\n", 2048 * MIB)
-    assert tree.levels() == [Level("/machine", "memory.max", 3200 * MIB, (3200 - 2048 + 100 - 200) * MIB)]
+    room = Evictable((3200 - 2048 + 100) * MIB, 0, swaps=False)
+    assert tree.levels() == [Level("/machine", "memory.max", 3200 * MIB, (3200 - 2048 + 100 - 200) * MIB, room)]
     tree.put("sys/fs/cgroup/machine/vm/memory.high", 2400 * MIB)
     found = cgroups.tightest(tree.levels() or [])
-    assert found == Level("/machine/vm", "memory.high", 2400 * MIB, (2400 - 2048 - 150) * MIB)
+    assert found is not None
+    assert found[:4] == ("/machine/vm", "memory.high", 2400 * MIB, (2400 - 2048 - 150) * MIB)
     tree.v2("sys/fs/cgroup/machine", 3200 * MIB, 4096 * MIB)
     assert tree.left() == 0
 
@@ -68,13 +71,42 @@ def test_version_one(tree: Tree) -> None:
     tree.put(f"{top}/vm/memory.limit_in_bytes", 1024 * MIB)
     tree.put(f"{top}/vm/memory.usage_in_bytes", 800 * MIB)
     tree.put(f"{top}/vm/memory.stat", f"inactive_file 7\ntotal_inactive_file {50 * MIB}\n")
-    assert tree.levels() == [Level("/vm", "memory.limit_in_bytes", 1024 * MIB, (1024 - 800 + 50 - 64) * MIB)]
+    room = Evictable((1024 - 800 + 50) * MIB, 0, swaps=False)
+    assert tree.levels() == [Level("/vm", "memory.limit_in_bytes", 1024 * MIB, (1024 - 800 + 50 - 64) * MIB, room)]
     tree.put(f"{top}/vm/memory.stat", f"total_inactive_anon {300 * MIB}\ntotal_active_anon {100 * MIB}\n")
     assert tree.left(1 << 40) == (1024 - 800 - 64) * MIB
     tree.put(f"{top}/vm/memory.memsw.limit_in_bytes", 1000 * MIB)
     tree.put(f"{top}/vm/memory.memsw.usage_in_bytes", 700 * MIB)
     assert tree.left(1 << 40) == (1024 - 800 - 64 + 150) * MIB
     assert tree.left(10 * MIB) == (1024 - 800 - 64 + 5) * MIB
+
+
+def test_who_swaps_keeps_a_cushion(tree: Tree) -> None:
+    """The same figures as the shim's test has."""
+    tree.put("proc/self/mountinfo", V1.format("/"))
+    tree.put(f"proc/{PID}/cgroup", "4:memory:/vm\n")
+    vm = "sys/fs/cgroup/memory/vm"
+    tree.put("sys/fs/cgroup/memory/memory.limit_in_bytes", 9223372036854771712)
+    tree.put(f"{vm}/memory.limit_in_bytes", 400 * MIB)
+    tree.put(f"{vm}/memory.usage_in_bytes", 400 * MIB)
+    tree.put(f"{vm}/memory.stat", f"total_inactive_anon {200 * MIB}\ntotal_active_anon {140 * MIB}\n")
+
+    def level() -> Level:
+        (found,) = tree.levels(4 << 30) or []
+        return found
+
+    # Who does not tell may swap, but is not relied on to.
+    assert level().evictable == Evictable(340 * MIB, 340 * MIB, swaps=True)
+    assert level().left == 0
+    tree.put(f"{vm}/memory.memsw.limit_in_bytes", 9223372036854771712)
+    tree.put(f"{vm}/memory.memsw.usage_in_bytes", 560 * MIB)
+    assert level().evictable == Evictable(340 * MIB, 500 * MIB, swaps=True)
+    assert level().allowed == 90 * MIB
+    tree.put(f"{vm}/memory.memsw.usage_in_bytes", 800 * MIB)
+    assert level().allowed == 0
+    # What is locked of it is not wanted any more.
+    assert level().evictable.beyond_cushion() == 0
+    assert level().evictable.beyond_cushion(300 * MIB) == (340 - (740 - 300) / 2) * MIB
 
 
 def test_what_cannot_be_known(tree: Tree) -> None:

@@ -16,7 +16,7 @@ SHIM = TOP / "shim"
 ARCHITECTURE = (TOP / "docs" / "architecture.md").read_text()
 FLOORS = [
     {"errors", "notify", "streams", "text", "teststeps"},
-    {"deadline", "sizes"},
+    {"deadline", "evictable", "sizes"},
     {"procfs", "confined", "elf", "control", "policy", "reply", "shim", "tracee"},
     {"host", "cgroups", "inside", "memory", "priority", "qom", "rights", "x86_64"},
     {"endpoint", "guestram", "kernel", "loaded", "room"},

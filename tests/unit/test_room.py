@@ -34,8 +34,8 @@ class Host:
         (self.proc / "self/mountinfo").write_text("40 31 0:37 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
         self.cgroup("max\n", 0)
 
-    def memory(self, total: int, available: int) -> None:
-        sizes = {"MemTotal": total, "MemAvailable": available, "SwapFree": 0, "Hugetlb": 0}
+    def memory(self, total: int, available: int, **more: int) -> None:
+        sizes = {"MemTotal": total, "MemAvailable": available, "SwapFree": 0, "Hugetlb": 0, **more}
         (self.proc / "meminfo").write_text("".join(f"{name}: {size >> 10} kB\n" for name, size in sizes.items()))
 
     def vm(self, pid: int, name: str, locked: int) -> None:
@@ -94,6 +94,33 @@ def test_the_cgroup(machine: Host) -> None:
     never = machine.check(5 * GIB)
     assert never is not None
     assert never.never
+
+
+def test_others_keep_a_cushion(machine: Host) -> None:
+    """A cgroup of 4 GiB, full, of which 1 GiB is this VM's; with swap and as much more in it."""
+    machine.cgroup(4 * GIB, 4 * GIB)
+    vm = machine.root / "sys/fs/cgroup/vm"
+    (vm / "memory.stat").write_text(f"inactive_anon {2 * GIB}\nactive_anon {2 * GIB}\n")
+    assert machine.check(GIB) is None  # nothing can be swapped out, locked or not
+    machine.memory(16 * GIB, 8 * GIB, SwapTotal=16 * GIB, SwapFree=12 * GIB)
+    (vm / "memory.swap.max").write_text("max\n")
+    (vm / "memory.swap.current").write_text(f"{2 * GIB}\n")
+    assert machine.check(GIB) is None  # 3 GiB are left for 5
+    (vm / "memory.swap.current").write_text(f"{4 * GIB}\n")
+    error = machine.check(GIB)
+    assert error is not None
+    assert "the memory cgroup /vm with its limit of 4 GiB, 3 GiB would be left unlocked" in error.message
+    assert "for 7 GiB that are used besides" in error.message
+    assert not error.never
+    assert "--force" in error.hint
+    assert machine.check(GIB, held=GIB) is None
+    (vm / "memory.max").write_text("max\n")
+    assert machine.check(GIB) is None
+    # The same of the host.
+    machine.memory(16 * GIB, GIB, **{"SwapTotal": 16 * GIB, "SwapFree": 0, "Active(anon)": 8 * GIB})
+    assert machine.check(GIB) is not None
+    machine.memory(16 * GIB, GIB, **{"SwapTotal": 16 * GIB, "SwapFree": 12 * GIB, "Active(anon)": 8 * GIB})
+    assert machine.check(GIB) is None
 
 
 def test_what_is_unknown_refuses_nothing(machine: Host) -> None:
