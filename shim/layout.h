@@ -25,6 +25,8 @@ struct ram_block {
 	enum backing backing;
 	bool shared; /* a shared mapping of its backing */
 	bool unreserved; /* huge pages that nobody has set aside for it: a guest that finds none left is killed */
+	bool tmpfs; /* a shared mapping of a file in a tmpfs, of which `fd` is QEMU's descriptor */
+	int fd;
 	bool mergeable; /* QEMU has asked for its pages to be merged by KSM, as far as is known */
 };
 

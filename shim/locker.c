@@ -92,6 +92,7 @@ static void describe(const struct locker *l, struct step *s, const struct ram_bl
 	s->host_reserve = l->wish.host_reserve;
 	s->hugetlb = b->backing == BACKING_HUGETLB;
 	s->unreserved = b->unreserved;
+	s->tmpfs = b->tmpfs;
 	s->of_file = b->backing == BACKING_FILE;
 	s->shared = b->shared;
 	s->prefault = l->wish.prefault;
@@ -357,22 +358,31 @@ static void settle(struct locker *l)
 	locker_raise_event(l, LOCKER_REACHED);
 }
 
+/* The thread's own copy of the layout. Without the mutex. */
+static const struct ram_layout *copy_layout(struct locker *l)
+{
+	static struct ram_layout layout;
+
+	pthread_mutex_lock(&l->mutex);
+	layout = l->layout;
+	pthread_mutex_unlock(&l->mutex);
+	return &layout;
+}
+
 /* Counts now and then what the guest may still take of the huge pages that are set aside for nobody. Without the mutex. */
 static void count_unreserved(struct locker *l)
 {
-	static struct ram_layout layout; /* the thread's own copy */
 	struct stepper *st = &l->stepper;
+	const struct ram_layout *layout;
 	uint64_t now = now_ns();
 
 	if (now < st->unreserved_until_ns)
 		return;
-	pthread_mutex_lock(&l->mutex);
-	layout = l->layout;
-	pthread_mutex_unlock(&l->mutex);
+	layout = copy_layout(l);
 	st->unreserved_absent = 0;
-	for (size_t i = 0; i < layout.n; i++)
-		if (layout.v[i].unreserved)
-			st->unreserved_absent += audit_absent(st->pagemap, layout.v[i].host);
+	for (size_t i = 0; i < layout->n; i++)
+		if (layout->v[i].unreserved)
+			st->unreserved_absent += audit_absent(st->pagemap, layout->v[i].host);
 	st->unreserved_until_ns = now + COUNT_NS;
 }
 
@@ -393,6 +403,11 @@ static void carry_out(struct locker *l, struct step *s)
 	step_size(&l->stepper, s);
 	if (s->unreserved)
 		count_unreserved(l);
+	if (s->tmpfs) {
+		const struct ram_layout *layout = copy_layout(l);
+
+		s->room = tmpfs_ask(layout, layout_find(layout, s->r));
+	}
 	admitted = step_admit(&l->stepper, s, &o);
 	pthread_mutex_lock(&l->mutex);
 	if (admitted) {

@@ -246,6 +246,8 @@ static int append(struct walk *w, RAMBlock *rb, const struct backend *e, struct 
 	known = layout_find(&w->before, (struct range){ host.start, host.start + 1 });
 	/* Asking a file system may take long when it is a remote one: once for each block is enough. */
 	b->backing = known && !strcmp(known->id, b->id) ? known->backing : find_backing(rb, b->page_size);
+	b->tmpfs = b->backing == BACKING_SHMEM && b->shared;
+	b->fd = b->tmpfs ? sym.qemu_ram_get_fd(rb) : -1;
 	b->unreserved = b->backing == BACKING_HUGETLB && sym.qemu_ram_is_noreserve && sym.qemu_ram_is_noreserve(rb);
 	return 0;
 }

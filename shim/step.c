@@ -177,15 +177,23 @@ static uint64_t cost_of(const struct stepper *st, const struct step *s)
 static bool admit(struct stepper *st, const struct step *s, struct outcome *o)
 {
 	uint64_t size = range_size(s->r), cost;
+	bool tight = s->tmpfs && s->room.left < s->room.absent; /* the last of it is left to the guest */
 
 	/* While there is plenty, it costs less to take everything for absent than to look. */
-	if (s->kind == STEP_LOCK && s->prefault) {
+	if (s->kind == STEP_LOCK && s->prefault && !tight) {
 		const struct headroom_ask ask = ask_for(st, s);
 
 		if (take_credit(st, &ask, size))
 			return true;
 	}
 	cost = cost_of(st, s);
+	if (tight && cost) {
+		o->shortage = SHORTAGE_KERNEL;
+		snprintf(o->text, sizeof(o->text),
+			 "the file system of guest RAM has no more room: %" PRIu64 " MiB, and the guest may need %" PRIu64 " MiB",
+			 s->room.left >> 20, s->room.absent >> 20);
+		return false;
+	}
 	if (s->kind == STEP_LOCK && !afford_pin(st, s, size - cost, o))
 		return false;
 	if (s->kind == STEP_POPULATE)

@@ -13,6 +13,7 @@
 #include "hugepages.h"
 #include "merging.h"
 #include "pacer.h"
+#include "tmpfs.h"
 #include "workers.h"
 
 enum { SHORT_TEXT = 256 };
@@ -36,6 +37,8 @@ struct step {
 	uint64_t page_size; /* bytes, of the block */
 	bool hugetlb;
 	bool unreserved; /* huge pages that nobody has set aside for this */
+	bool tmpfs; /* of a file in one */
+	struct tmpfs_room room; /* in that, if so */
 	bool of_file; /* page cache, which is given up without swap as long as it is not locked */
 	bool shared; /* a shared mapping: its page cache is the memory itself */
 	bool prefault;

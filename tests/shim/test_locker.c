@@ -255,6 +255,32 @@ static void nothing_wakes_for_no_guarantee(void)
 	end();
 }
 
+/* Nothing but a timer of seconds tells that there is room again; and then it is taken, and the timer ends. */
+static void a_short_guarantee_is_tried_again_slowly(void)
+{
+	unsigned int threads;
+	uint64_t before, woken;
+	char *p;
+
+	begin();
+	p = (char *)(uintptr_t)layout.v[0].host.start;
+	CHECK_EQ(munmap(p + 4 * MIB, 4096), 0);
+	set(BLOCK, ORDER_ADDRESS, true);
+	wait_short();
+	before = switches("ramlock-lock", &threads);
+	usleep(1500 * 1000);
+	woken = switches("ramlock-lock", &threads) - before;
+	CHECK(woken >= 1 && woken <= 10);
+	CHECK(mmap(p + 4 * MIB, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED);
+	for (time_t deadline = time(NULL) + DEADLINE_S; status.state != LOCKER_IDLE && time(NULL) < deadline; usleep(1000))
+		locker_query(&locker, &status);
+	CHECK_EQ(status.locked, BLOCK);
+	before = switches("ramlock-lock", &threads);
+	usleep(1500 * 1000);
+	CHECK(switches("ramlock-lock", &threads) - before <= 3); /* the look every 5 s */
+	end();
+}
+
 static void locks_of_others_are_left_alone(void)
 {
 	char *p;
@@ -455,6 +481,7 @@ static void too_much_is_refused_and_the_former_wish_stays(void)
 CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on_fault_locks_what_is_touched),
 	   CASE(the_last_of_many_wishes_counts), CASE(a_scattered_guest_stays_in_few_extents),
 	   CASE(several_threads_populate), CASE(nothing_wakes_for_no_guarantee),
+	   CASE(a_short_guarantee_is_tried_again_slowly),
 	   CASE(locks_of_others_are_left_alone), CASE(locks_of_others_are_told_to_the_page),
 	   CASE(a_failed_lock_is_taken_back_beside_others), CASE(an_unplugged_block_moves_the_guarantee),
 	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(a_block_that_shrinks_keeps_what_is_left),
