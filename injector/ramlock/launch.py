@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ramlock import elf, endpoint, host, procfs, shim
+from ramlock import elf, endpoint, host, procfs, qemuargs, room, shim
 from ramlock.errors import CannotPreload, LimitTooLow, UsageError
+from ramlock.guestram import Malformed
 from ramlock.sizes import Size, format_apart
 from ramlock.text import printable
 
@@ -36,6 +37,8 @@ class Options:
     host_reserve: int | None = None
     """Bytes; 0 for the default."""
     follow_discards: bool = False
+    force: bool = False
+    """Whether QEMU is started also when the guarantee does not seem to fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Launch:
 def prepare(command: Sequence[str], options: Options, environ: Mapping[str, str]) -> Launch:
     """Check everything that can be checked before QEMU runs; nothing but our own RLIMIT_MEMLOCK is changed.
 
-    Raises UsageError, CannotPreload, LimitTooLow.
+    Raises UsageError, CannotPreload, LimitTooLow, TooMuch.
     """
     endpoint.check_allowed(options.allow_uid, str(options.socket or "") or environ.get("RAMLOCK_SOCKET") or None)
     program = resolve(command[0], environ.get("PATH", os.defpath))
@@ -59,6 +62,7 @@ def prepare(command: Sequence[str], options: Options, environ: Mapping[str, str]
     facts = elf.read(program, SYMBOLS)
     elf.check_preload(facts, elf.read(library))
     _check_qemu(facts)
+    _check_room(command, options)
     _raise_limit(options)
     warnings = []
     if facts.exported != SYMBOLS:
@@ -151,6 +155,27 @@ def _check_qemu(facts: elf.Elf) -> None:
             f"{printable(str(facts.path))} is no QEMU system emulator",
             "if it starts QEMU, put ramlock run between the two: taskset -c 1 ramlock run -- qemu-system-x86_64 ...",
         )
+
+
+def _check_room(command: Sequence[str], options: Options) -> None:
+    """Refuse a guarantee that this host, or a cgroup that QEMU will be in as we are, cannot hold now. Raises TooMuch.
+
+    Memory in files and on huge pages is left to the shim, and so is a command line that is not understood.
+    """
+    if options.guarantee is None or options.force:
+        return
+    try:
+        blocks = qemuargs.parse(command).blocks
+    except Malformed:
+        return
+    ask = room.Ask(
+        options.guarantee.resolve(sum(block.size for block in blocks)),
+        options.host_reserve,
+        hugetlb=sum(block.size for block in blocks if block.huge is not None),
+        file_backed=sum(block.size for block in blocks if block.kind == "file"),
+    )
+    if error := room.check_sum(os.getpid(), ask) or room.check(os.getpid(), ask):
+        raise error
 
 
 def _raise_limit(options: Options) -> None:

@@ -106,6 +106,23 @@ def run(shim: Path, *words: str, prepare: tuple[str, ...] = ()) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
 
 
+def test_a_guarantee_that_cannot_fit(shim: Path, tmp_path: Path) -> None:
+    """It is refused before QEMU starts, as by `set`; what is known only later is left to the shim."""
+    program = [qemu(tmp_path), "-c", "echo started", "qemu"]
+    for size, command in (("1000T", program), ("all", [*program, "-m", "1000T"]), ("50%", [*program, "-m", "1000T"])):
+        result = run(shim, "--guarantee", size, "--", *command)
+        assert result.returncode == 4, result.stderr
+        assert "started" not in result.stdout
+        assert "of this host that can be guaranteed" in result.stderr
+        assert "--force" in result.stderr
+        result = run(shim, "--guarantee", size, "--force", "--", *command)
+        assert result.returncode == 0, result.stderr
+        assert "started" in result.stdout
+    for words in (["-m", "nonsense"], ["-m", "64M"]):
+        result = run(shim, "--guarantee", "all", "--", *program, *words)
+        assert "started" in result.stdout, result.stderr
+
+
 def test_the_process_becomes_the_program(shim: Path, tmp_path: Path) -> None:
     script = 'echo $$; trap "" HUP; grep -E "^Sig(Ign|Blk)" /proc/$$/status; ulimit -Sl; ulimit -Hl; echo "$0" "$@"'
     command = [sys.executable, "-m", "ramlock", "run", "--", qemu(tmp_path), "-c", script, "qemu", "-m", "--json", "64"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ramlock.commands.common import SOCKET_PATH, follow_discards_option, lock_options, read_size
+from ramlock.commands.common import SOCKET_PATH, follow_discards_option, force_option, lock_options, read_size
 from ramlock.sizes import Size
 
 
@@ -23,6 +23,7 @@ from ramlock.sizes import Size
 @click.option("--allow-uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Another user who may set it.")
 @lock_options
 @follow_discards_option
+@force_option
 @click.argument("qemu", nargs=-1, required=True, type=click.UNPROCESSED, metavar="QEMU [ARGS]...")
 def command(
     guarantee: Size | None,
@@ -34,6 +35,7 @@ def command(
     threads: int | None,
     host_reserve: int | None,
     follow_discards: bool,
+    force: bool,
     qemu: tuple[str, ...],
 ) -> None:
     """Start QEMU with the shim in it.
@@ -54,13 +56,13 @@ def command(
     \b
       LD_PRELOAD=/usr/local/lib/ramlock/ramlock.so RAMLOCK_GUARANTEE=1G qemu-system-x86_64 ...
 
-    Before QEMU starts it is checked that preloading can work, and the limit of locked memory is raised as far as this
-    user may.
+    Before QEMU starts it is checked that preloading can work and that the guarantee fits, and the limit of locked
+    memory is raised as far as this user may.
     """
     from ramlock import launch  # takes pyelftools, which --help need not
 
     options = launch.Options(
-        guarantee, order, prefault, socket, allow_uid, hold_budget, threads, host_reserve, follow_discards
+        guarantee, order, prefault, socket, allow_uid, hold_budget, threads, host_reserve, follow_discards, force
     )
     ready = launch.prepare(qemu, options, launch.own_environ(os.environ))
     for warning in ready.warnings:
