@@ -30,7 +30,7 @@ from tests.qemu.sharing import Borne
 
 MEMORY = 512 * MIB
 WORKING_SET = 320 * MIB
-LIMIT = 720 * MIB
+LIMIT = 832 * MIB
 SWAP = 2048 * MIB
 SECONDS = 10.0
 NAMES = ("gold", "other")

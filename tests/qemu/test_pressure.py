@@ -1,4 +1,4 @@
-"""The demonstration of what a guarantee is worth puts everything back."""
+"""Two guests that share too little memory: what a guarantee is worth; and its demonstration puts everything back."""
 
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 from tests.conftest import absent
-from tests.qemu.guest import ROOT
-from tests.qemu.pressure import can_swap, hierarchy
+from tests.qemu import sharing
+from tests.qemu.conftest import assert_refused, ramlock
+from tests.qemu.guest import GIB, MIB, ROOT
+from tests.qemu.pressure import Confined, Zram, can_swap, hierarchy
+
+REFUSED, SHORT = 4, 5
 
 pytestmark = pytest.mark.usefixtures("lockable", "root")
 
@@ -34,6 +41,50 @@ def groups(pid: int) -> list[Path]:
 
 def swaps() -> set[str]:
     return {line.split()[0] for line in Path("/proc/swaps").read_text().splitlines()[1:]}
+
+
+MEMORY = 256 * MIB
+WORKING_SET = 160 * MIB
+LIMIT = 448 * MIB
+
+
+def test_the_guaranteed_guest_does_not_bear_it() -> None:
+    """In a cgroup that is too small for both: nothing of it is in swap, the other one pays, and nobody is killed."""
+    with ExitStack() as stack:
+        stack.enter_context(Zram(GIB))
+        group = stack.enter_context(Confined(LIMIT))
+        with ThreadPoolExecutor() as pool:  # one after the other would take twice as long
+            gold, other = pool.map(
+                lambda name: stack.enter_context(sharing.guest_in(group, name, MEMORY)), ("gold", "other")
+            )
+        for guest in (gold, other):
+            sharing.fill(guest, WORKING_SET)
+        gold.agent.tell("churn 1")
+        other.agent.tell("churn 1")
+        result = ramlock("set", "all", "--pid", gold.pid)
+        assert result.returncode == 0, result.stderr
+        for guest in (gold, other):
+            guest.agent.answer()
+        kept, paid = sharing.work([gold, other], 3)
+        assert kept.guaranteed >= MEMORY
+        assert kept.guaranteed_swapped == 0
+        assert kept.swapped == 0
+        assert paid.guaranteed == 0
+        assert paid.swapped > 0
+        assert kept.faults < paid.faults / 4, (kept.faults, paid.faults)
+        assert mean(kept.slowest) < mean(paid.slowest), (kept.slowest, paid.slowest)
+        assert kept.rounds >= paid.rounds
+
+        # What leaves nothing to be swapped is refused before it is tried, and with --force it ends short of that.
+        assert_refused(ramlock("set", "all", "--pid", other.pid), REFUSED)
+        assert other.query()["requested"] == 0
+        result = ramlock("set", "all", "--force", "--pid", other.pid)
+        assert result.returncode == SHORT, result.stderr
+        assert other.query()["short"]["reason"] == "cgroup"
+        assert other.agent.ask("verify")  # it swaps through what is left
+        assert group.kills() == 0
+        for guest in (gold, other):
+            guest.check_unharmed()
 
 
 def test_the_demo_when_interrupted(tmp_path: Path) -> None:
