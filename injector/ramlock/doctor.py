@@ -319,9 +319,9 @@ def _cgroup(where: Host, pid: int) -> Finding:
         return Finding(name, "ok", "no memory limit", f"only the host's memory limits what {who} can lock")
     limit = f"{tightest.file} {format_size(tightest.limit)}"
     return Finding(
-        name, "note", f"{format_size(tightest.left)} left in {tightest.path}, {limit}",
+        name, "note", f"{format_size(tightest.allowed)} left in {tightest.path}, {limit}",
         f"{who} can lock no more than what is left; QEMU would be killed above the limit",
-        "" if tightest.left else f"raise {tightest.file}: a guarantee above what is resident is short",
+        "" if tightest.allowed else f"raise {tightest.file}: a guarantee above what is resident is short",
     )  # fmt: skip
 
 

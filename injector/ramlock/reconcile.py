@@ -217,7 +217,9 @@ def _obstacle(step: Step, policy: Policy) -> RamlockError | None:
         except RamlockError as trouble:
             trouble.message = f"{step.vm.label}: {trouble.message}"
             return trouble
-    error = room.check(step.vm.pid, room.Ask(step.want, policy.host_reserve, hugetlb=step.vm.hugetlb))
+    error = room.check(
+        step.vm.pid, room.Ask(step.want, policy.host_reserve, held=step.vm.locked, hugetlb=step.vm.hugetlb)
+    )
     return error if error is not None and error.never else None
 
 

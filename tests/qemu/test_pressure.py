@@ -45,7 +45,7 @@ def swaps() -> set[str]:
 
 MEMORY = 256 * MIB
 WORKING_SET = 160 * MIB
-LIMIT = 448 * MIB
+LIMIT = 496 * MIB
 
 
 def test_the_guaranteed_guest_does_not_bear_it() -> None:
