@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import mean
 
 import pytest
 
@@ -72,8 +71,8 @@ def test_the_guaranteed_guest_does_not_bear_it() -> None:
         assert paid.guaranteed == 0
         assert paid.swapped > 0
         assert kept.faults < paid.faults / 4, (kept.faults, paid.faults)
-        assert mean(kept.slowest) < mean(paid.slowest), (kept.slowest, paid.slowest)
-        assert kept.rounds >= paid.rounds
+        # What a touch takes, on the whole: its slowest hundredth is a handful in this time, and chance.
+        assert kept.rounds > paid.rounds, (kept.rounds, paid.rounds)
 
         # What leaves nothing to be swapped is refused before it is tried, and with --force it ends short of that.
         assert_refused(ramlock("set", "all", "--pid", other.pid), REFUSED)
