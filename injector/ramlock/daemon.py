@@ -16,9 +16,13 @@ from ramlock.errors import NotFound, PolicyError, RamlockError
 from ramlock.notify import Notifier
 from ramlock.policy import Known, Plan, Policy, Step
 from ramlock.reconcile import Host
+from ramlock.reply import State
 
+STARTING = "starting"
 EVERY = 10.0
 """Seconds after which all VMs are looked at, though none has come or gone."""
+_STARTING = 2.0
+"""The same, when one of them is still starting."""
 _TICK = 1.0
 _AGAIN_FIRST, _AGAIN_MOST = 4.0, 300.0
 """Seconds after which a VM that failed is tried again: the first time, and at most."""
@@ -92,9 +96,10 @@ class Daemon:
             now = procfs.candidates()
             if changed or now != pids or time.monotonic() >= next_look or self._later.due:
                 began = time.monotonic()
-                self._once()
+                starting = self._once()
                 self._later.settle(began)
-                pids, next_look = now, time.monotonic() + self._every
+                pids = now
+                next_look = time.monotonic() + (min(_STARTING, self._every) if starting else self._every)
             self.stop.wait(_TICK)
         self._notifier.tell(STOPPING=1)
 
@@ -119,8 +124,8 @@ class Daemon:
         self._impossible = ""
         return True
 
-    def _once(self) -> None:
-        """Look at all VMs, and do what is to be done."""
+    def _once(self) -> bool:
+        """Look at all VMs, and do what is to be done. Returns whether one is still starting."""
         rules = self._policy
         now = reconcile.look(rules)
         self._later.forget({_key(now, vm) for vm in now.everyone})
@@ -130,7 +135,7 @@ class Daemon:
         impossible = self._tell_refused(plan, now)
         for step in plan.steps:
             if self.stop.is_set():
-                return
+                return False
             # Where nobody has said who is to lose, nobody gets more; giving back is always possible.
             if step.done or (impossible and not step.lowers):
                 self._inform(step, now)
@@ -139,9 +144,16 @@ class Daemon:
         kept = sum(step.done for step in plan.steps)
         left = len(plan.waiting) + len(plan.refused)
         self._notifier.tell(STATUS=f"{kept} of {len(plan.steps) + left} VMs were as the policy says")
+        return any(vm.trouble == STARTING for vm in plan.waiting)
 
     def _put_off(self, vm: Known, now: Host) -> Known:
-        return vm._replace(trouble="tried again later") if self._later.holds(_key(now, vm)) else vm
+        """Leave out for now what failed, and what is starting: setting a guarantee would wait for that."""
+        if self._later.holds(_key(now, vm)):
+            return vm._replace(trouble="tried again later")
+        said = now.seen[vm.pid].guarantee
+        if said is not None and said.state is State.WAITING and said.why is not None and said.why.reason == "starting":
+            return vm._replace(trouble=STARTING)
+        return vm
 
     def _tell_refused(self, plan: Plan, now: Host) -> bool:
         """Say what is impossible; return whether the whole is."""

@@ -201,7 +201,7 @@ def _known(policy: Policy, vm: Seen) -> Known:
         locked=vm.process.locked if vm.process else 0,
         hugetlb=min(hugetlb, vm.ram or 0),
         page=max([block.page_size for block in blocks], default=4096),
-        trouble=vm.problem or ("starting" if vm.shim and not vm.ram else None),
+        trouble=vm.problem,
     )
 
 

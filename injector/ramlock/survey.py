@@ -19,6 +19,7 @@ from ramlock.text import printable
 
 TIME = 3.0
 """Seconds that all VMs together have to answer."""
+NO_PERMISSION = "no permission"
 _GRACE = 0.1
 """Seconds by which a VM's own deadline is sooner, so that what it failed with is told and not only that it did."""
 _NAME_MOST = 200
@@ -123,7 +124,7 @@ def look(pid: int, deadline: Deadline, proc: Path = procfs.PROC, *, swapping: bo
         with vms.session(vms.Selector(pid=pid), deadline=deadline, proc=proc) as vm:
             now = guarantee.query(vm.client, deadline)
     except NoPermission:
-        return seen._replace(problem="no permission")
+        return seen._replace(problem=NO_PERMISSION)
     except NoAnswer:
         return seen._replace(problem="no answer")
     except NotFound:

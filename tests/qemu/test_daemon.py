@@ -181,6 +181,19 @@ def test_a_vm_that_cannot_have_it_does_not_keep_others_from_theirs(service: Serv
         assert service.said().count("guest RAM") == 1
 
 
+def test_a_vm_that_is_starting_is_waited_for_elsewhere(service: Service) -> None:
+    """It has a shim, and no guest RAM yet; others have theirs meanwhile, and it has its own when it has started."""
+    service.write('[vm."TAG-*"]\nguarantee = "8M"\n')
+    late = ["-name", f"{TAG}-late", "-preconfig"]
+    with Guest(memory=MEMORY, args=late) as starting:
+        service.start()
+        with plain("well") as well:
+            eventually(lambda: holds(well, 8 * MIB))
+            assert truth.vm_lck(starting.pid) == 0
+            starting.monitor.execute("x-exit-preconfig")
+            eventually(lambda: holds(starting, 8 * MIB))
+
+
 def test_it_ends_at_once_when_there_is_no_policy(service: Service) -> None:
     words = [str(RAMLOCK), "daemon", "--policy", str(service.policy)]
     result = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)

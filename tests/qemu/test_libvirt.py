@@ -12,6 +12,7 @@ import pytest
 
 from tests.qemu import truth
 from tests.qemu.conftest import assert_refused, ramlock
+from tests.qemu.guest import MIB, Guest
 from tests.qemu.libvirt import MEMORY, SIZE, Domain, daemons, running, virsh, wait_gone
 
 pytestmark = pytest.mark.usefixtures("lockable", "root")
@@ -90,4 +91,21 @@ def test_a_killed_controller(domain: Domain) -> None:
         assert result.returncode == 0, result.stderr
         domain.check_holds(SIZE)
         assert ramlock("eject", "--vm", domain.name).returncode == 0
+        domain.check_unharmed()
+
+
+def test_a_policy_counts_for_what_libvirt_started(libvirt: None, tmp_path: Path) -> None:
+    """Though its user is neither root nor listed; another process of that user that takes its name is left alone."""
+    file = tmp_path / "policy.toml"
+    with running("q35") as domain:
+        file.write_text(f'[vm."{domain.name}*"]\nguarantee = "{SIZE}"\n')
+        uid = int(truth.status(domain.pid, "Uid").split()[1])
+        assert uid != 0
+        with Guest(how="plain", memory=64 * MIB, user=uid, args=["-name", domain.name]) as other:
+            result = ramlock("apply", file, "--wait")
+            assert result.returncode == 0, result.stderr
+            assert f"! {domain.name} (pid {other.pid}): left alone, it is user {uid}'s" in result.stdout
+            assert truth.vm_lck(other.pid) == 0
+        domain.check_holds(SIZE)
+        assert "as it is" in ramlock("apply", file).stdout
         domain.check_unharmed()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from ramlock import policy, reconcile
+from ramlock import policy, reconcile, survey
 from ramlock.commands.common import emit, read_seconds
 from ramlock.deadline import Deadline
-from ramlock.errors import Interrupted, RamlockError, VmGone
+from ramlock.errors import Interrupted, NoPermission, RamlockError, VmGone
 from ramlock.policy import Plan, Step
 from ramlock.reconcile import Host
 from ramlock.sizes import format_size
@@ -124,6 +124,8 @@ def _refusal(plan: Plan) -> RamlockError:
 
 
 def _silent(label: str, trouble: str) -> RamlockError:
+    if trouble == survey.NO_PERMISSION:
+        return NoPermission(f"{label} was left as it is: {trouble}", "run ramlock as root or as the VM's user")
     return RamlockError(
         f"{label} was left as it is: {trouble}", "the others have theirs; apply the policy again when it answers"
     )
