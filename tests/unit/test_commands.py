@@ -424,3 +424,11 @@ def test_a_timeout_bounds_the_last_look(run: Run, serve: Serve) -> None:
     result = run("set", "1G", "--socket", serve(Shim(reply(), locking, silent_from=5)), "--timeout", "0.5", "--json")
     assert time.monotonic() - start < 4
     result.failed(3, "the guarantee stays set")
+
+
+@pytest.mark.parametrize("verb", commands.VERBS)
+def test_help_teaches_by_examples(run: Run, verb: str) -> None:
+    said = run(verb, "--help")
+    assert said.code == 0
+    examples = said.out.split("Examples:", 1)[1]
+    assert f"  ramlock {verb}" in examples

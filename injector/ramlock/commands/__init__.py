@@ -64,6 +64,8 @@ class _Lazy(click.Group):
 def cli(ctx: click.Context) -> None:
     """Guarantee a VM locked guest RAM, and change how much while it runs.
 
+    Examples:
+
     \b
     Start an unmodified QEMU under ramlock, with 1 GiB guaranteed:
       ramlock run --guarantee 1G -- qemu-system-x86_64 -name web -m 4G ...

@@ -35,6 +35,8 @@ WAIT_TIME = 300.0
 def command(file: Path, dry_run: bool, prune: bool, wait: bool, timeout: float) -> None:
     """Give every VM of this host what a policy says.
 
+    Examples:
+
     \b
     A policy names VMs by name, pattern or UUID:
       [vm."web-*"]

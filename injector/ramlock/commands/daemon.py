@@ -28,6 +28,8 @@ from ramlock.text import printable
 def command(file: Path, interval: float) -> None:
     """Keep every VM of this host as a policy says.
 
+    Examples:
+
     \b
     Does what ramlock apply does, again whenever a VM comes or the policy changes:
       ramlock daemon --policy /etc/ramlock/policy.toml

@@ -25,6 +25,8 @@ def command(pid: int | None, vm: str | None, timeout: float) -> None:
     Everything that it holds is unlocked, its threads end, its socket goes away; the VM runs on. `ramlock inject` brings
     it back.
 
+    Examples:
+
     \b
       ramlock eject --vm web
     """

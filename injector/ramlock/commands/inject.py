@@ -88,6 +88,8 @@ def command(
     QEMU's main thread is away for about a millisecond; its vCPUs are never stopped. If the shim is there already, it is
     used as it is, and told to follow discards if that is asked for.
 
+    Examples:
+
     \b
     Then ramlock set and status work as on a VM started by ramlock run:
       ramlock inject --vm web

@@ -33,6 +33,8 @@ _NAME_MOST = 40
 def command(as_json: bool, timeout: float) -> None:
     """Show every VM on this host.
 
+    Examples:
+
     \b
     Those with a shim and those without:
       ramlock list

@@ -39,6 +39,8 @@ def command(pid: int | None, vm: str | None, source: str, as_json: bool) -> None
     It also says how sure that is. Looks only: nothing is written to the VM, nothing is stopped. The table can be held
     against the monitor's "info ramblock", which has ROMs and video RAM as well.
 
+    Examples:
+
     \b
       ramlock locate --vm web
       ramlock locate --pid 4711 --json | jq '.blocks[].host'

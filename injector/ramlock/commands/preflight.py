@@ -25,6 +25,8 @@ def command(
     Looks only: nothing is written to the VM, nothing is stopped. Exit code 0 when every check passes, else 4.
     Give it the options that inject will be given, so that it says what inject will do.
 
+    Examples:
+
     \b
       ramlock preflight --vm web
       ramlock preflight --pid 4711 --json | jq '.checks[] | select(.ok | not)'

@@ -43,6 +43,8 @@ def command(
     ramlock becomes QEMU: the process keeps its pid, and libvirt, systemd and shells see QEMU itself. Everything after
     -- is QEMU's own command line.
 
+    Examples:
+
     \b
     A VM with 1 GiB guaranteed from its start:
       ramlock run --guarantee 1G -- qemu-system-x86_64 -name web -m 4G disk.qcow2

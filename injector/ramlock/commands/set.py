@@ -58,6 +58,8 @@ def command(
 ) -> None:
     """Set how much guest RAM is guaranteed.
 
+    Examples:
+
     \b
     Raise it, and see it happen:
       ramlock set 3G --vm web

@@ -22,6 +22,8 @@ _BAR = 30
 def command(pid: int | None, vm: str | None, socket: Path | None, as_json: bool) -> None:
     """Show what is guaranteed and what is locked.
 
+    Examples:
+
     \b
     For people, and for scripts:
       ramlock status --vm web
