@@ -18,7 +18,7 @@ VENV       := .venv
 PYTHON_BIN := $(VENV)/bin/python
 INSTALLED  := $(VENV)/.installed
 GUEST      := .cache/guest
-PYTHON_CODE := injector tests examples benchmarks
+PYTHON_CODE := injector tests examples benchmarks packaging
 
 -include shim/rules.mk
 
@@ -67,6 +67,11 @@ RELEASES := bullseye trixie
 releases:
 	@for r in $(RELEASES); do tests/guest/release $$r || :; done
 
+# A clean root that packages are installed into, for the tests.
+.PHONY: clean-root
+clean-root:
+	@tests/packaging/root || :
+
 # The checker of alert rules; without it its tests are skipped.
 .PHONY: promtool
 promtool:
@@ -87,7 +92,7 @@ demo-pressure: ## What it is worth: two guests share too little memory, one has 
 .PHONY: test
 test: ## Run the whole test suite: linters, the shim's C units, the Python units, real QEMUs
 	@.ci/deps test
-	@+$(AGAIN) ready releases promtool
+	@+$(AGAIN) ready releases promtool clean-root $(VENV)/.package
 	@+$(AGAIN) linted
 	@+$(AGAIN) test-shim
 	@$(PYTHON_BIN) -m pytest tests $(ARGS)
@@ -103,7 +108,7 @@ linted: lint-shim
 	@$(VENV)/bin/ruff check $(PYTHON_CODE)
 	@$(VENV)/bin/ruff format --check $(PYTHON_CODE)
 	@$(VENV)/bin/mypy --strict injector/ramlock
-	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/test_kernel_facts.py tests/qemu examples benchmarks
+	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/test_kernel_facts.py tests/qemu tests/packaging packaging examples benchmarks
 
 SIZE ?= 8G
 .PHONY: bench
@@ -161,9 +166,11 @@ fuzz: ## Fuzz each parser of the shim for DURATION seconds with libFuzzer, under
 
 # The package and what it needs go into a folder of their own, so that no system Python is touched.
 LIB := $(PREFIX)/lib/ramlock
+# The Python that runs the installed command.
+INTERPRETER ?= $$($(PYTHON_BIN) -c 'import sys; print(sys._base_executable)')
 .PHONY: install
-install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
-	@.ci/deps build
+install: ## Install the ramlock command, the shim, man pages and shell completion under DESTDIR and PREFIX
+	@.ci/deps install
 	@+$(AGAIN) shim $(PYTHON_BIN)
 	@install -d '$(DESTDIR)$(LIB)' '$(DESTDIR)$(PREFIX)/bin'
 	@install -m 0755 injector/ramlock/ramlock.so '$(DESTDIR)$(LIB)/ramlock.so'
@@ -172,11 +179,68 @@ install: ## Install the ramlock command and the shim under DESTDIR and PREFIX
 		--target '$(DESTDIR)$(LIB)/python' .
 	@rm -rf '$(DESTDIR)$(LIB)/python/bin' '$(DESTDIR)$(LIB)'/python/ramlock-*.dist-info/direct_url.json
 	@ln -sf ../../ramlock.so '$(DESTDIR)$(LIB)/python/ramlock/ramlock.so'
-	@printf '%s\n' "#!$$($(PYTHON_BIN) -c 'import sys; print(sys._base_executable)')" '# The ramlock command.' \
+	@printf '%s\n' "#!$(INTERPRETER)" '# The ramlock command.' \
 		'import sys' 'sys.path.insert(0, "$(LIB)/python")' 'from ramlock.__main__ import main' 'main()' \
 		>'$(DESTDIR)$(PREFIX)/bin/ramlock'
 	@chmod 0755 '$(DESTDIR)$(PREFIX)/bin/ramlock'
+	@+$(AGAIN) install-docs DOC_PYTHON="env PYTHONPATH='$(DESTDIR)$(LIB)/python' $(CURDIR)/$(PYTHON_BIN) -B"
 	@echo 'installed $(DESTDIR)$(PREFIX)/bin/ramlock and $(DESTDIR)$(LIB)/ramlock.so'
+
+# Man pages and shell completion say what the commands themselves say, so they are made by a Python that has them.
+DOC_PYTHON ?= $(PYTHON_BIN)
+ZSH_FOLDER ?= $(PREFIX)/share/zsh/site-functions
+SHELLS     := bash zsh fish
+
+.PHONY: docs
+docs:
+	@mkdir -p build/docs
+	@$(DOC_PYTHON) packaging/man.py build/docs
+	@set -e; for shell in $(SHELLS); do \
+		_RAMLOCK_COMPLETE=$${shell}_source $(DOC_PYTHON) -m ramlock >build/docs/ramlock.$$shell; \
+	done
+
+.PHONY: install-docs
+install-docs: docs
+	@install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/man/man1' build/docs/ramlock.1
+	@install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/man/man7' build/docs/ramlock-protocol.7
+	@install -D -m 0644 build/docs/ramlock.bash '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/ramlock'
+	@install -D -m 0644 build/docs/ramlock.zsh '$(DESTDIR)$(ZSH_FOLDER)/_ramlock'
+	@install -D -m 0644 -t '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d' build/docs/ramlock.fish
+
+# A wheel says by its name which glibc it needs: no newer one than this, which auditwheel holds against the shim.
+DIST     ?= dist
+PLATFORM := manylinux_2_28_$(shell uname -m)
+SDIST     = $(DIST)/ramlock-$(SHIM_VERSION).tar.gz
+
+.PHONY: wheel
+wheel: ## Build the source distribution, and out of it the wheel, into dist/
+	@.ci/deps build
+	@+$(AGAIN) $(VENV)/.package
+	@rm -rf build/wheel
+	@$(PYTHON_BIN) -m build --no-isolation --outdir build/wheel . >build/wheel.log 2>&1 || { tail -n 30 build/wheel.log >&2; exit 1; }
+	@mkdir -p '$(DIST)'
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON_BIN) -m auditwheel repair --plat $(PLATFORM) --only-plat \
+		--wheel-dir '$(DIST)' build/wheel/*.whl >>build/wheel.log 2>&1 || { tail -n 5 build/wheel.log >&2; exit 1; }
+	@cp build/wheel/*.tar.gz '$(DIST)'
+	@echo 'built $(SDIST) and the wheel beside it'
+
+.PHONY: deb
+deb: wheel ## Build the Debian package, out of the source distribution, into dist/
+	@.ci/deps package
+	@rm -rf build/deb && mkdir -p build/deb
+	@tar -xf '$(SDIST)' -C build/deb
+	@cd build/deb/ramlock-* && DEB_BUILD_OPTIONS='noautodbgsym parallel=$(JOBS)' MAKEFLAGS= \
+		dpkg-buildpackage --build=binary --unsigned-changes >../log 2>&1 || { tail -n 30 ../log >&2; exit 1; }
+	@mv build/deb/ramlock_*.deb '$(DIST)'
+	@echo 'built $(DIST)/ramlock_$(SHIM_VERSION)_amd64.deb'
+
+.PHONY: dist
+dist: deb ## Build all packages into dist/: source distribution, wheel, Debian package
+
+$(VENV)/.package: pyproject.toml $(INSTALLED)
+	@echo "installing what packaging needs into $(VENV)"
+	@$(PYTHON_BIN) -m pip --quiet --disable-pip-version-check install --editable '.[package]'
+	@touch $@
 
 .PHONY: clean
 clean: ## Remove what was built; keep .venv and the guest

@@ -1,6 +1,7 @@
 """Build the shim into the wheel: the Makefile stays the only place that knows how it is compiled."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import os
 import subprocess
 
 from setuptools import Distribution, setup
@@ -14,7 +15,7 @@ class BuildShim(build_py):
     def run(self) -> None:
         """Build. An editable install does not: `make` builds the shim into the checkout."""
         if not self.editable_mode:
-            subprocess.run(["make", "shim"], check=True)  # noqa: S607 whichever make the user has
+            subprocess.run(["make", f"-j{os.cpu_count()}", "shim"], check=True)  # noqa: S607 whichever make the user has
         super().run()
 
 

@@ -29,6 +29,9 @@ def test_help_explains_every_target() -> None:
     for target in (
         "all",
         "bench",
+        "deb",
+        "dist",
+        "wheel",
         "clean",
         "demo",
         "demo-pressure",
@@ -99,6 +102,6 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         assert package in result.stderr
 
 
-@pytest.mark.parametrize("script", [".ci/deps", ".ci/promtool", ".ci/run", "tests/guest/build"])
+@pytest.mark.parametrize("script", [".ci/deps", ".ci/promtool", ".ci/run", "tests/guest/build", "tests/packaging/root"])
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True, timeout=60)
