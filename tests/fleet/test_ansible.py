@@ -35,6 +35,8 @@ class Fleet:
         self._inventory = directory / "inventory.ini"
         self._inventory.write_text("[hypervisors]\n" + "".join(f"{h.address}\n" for h in hosts))
         (wheel,) = wheels.glob("ramlock-*.whl")
+        house = directory / "wheelhouse.tar.gz"
+        subprocess.run(["tar", "-C", wheels, "-czf", house, "."], check=True)
         self._variables: dict[str, Any] = {
             "ansible_user": "root",
             "ansible_ssh_private_key_file": str(key),
@@ -42,7 +44,7 @@ class Fleet:
             "ansible_python_interpreter": sys._base_executable,  # type: ignore[attr-defined]
             "ramlock_python": sys._base_executable,  # type: ignore[attr-defined]
             "ramlock_package": str(wheel),
-            "ramlock_wheelhouse": str(wheels),
+            "ramlock_wheelhouse": str(house),
             "ramlock_command": "/usr/local/sbin/ramlock",
             "ramlock_serial": len(hosts),
         }
