@@ -62,7 +62,8 @@ class Host:
         config = self.directory / "sshd_config"
         config.write_text(
             f"HostKey {self._key}\nAuthorizedKeysFile {self._key}.pub\nPidFile none\nUsePAM no\nStrictModes no\n"
-            f"Subsystem sftp internal-sftp\nPermitRootLogin prohibit-password\nListenAddress {self.address}\nMaxStartups 100\n"
+            f"Subsystem sftp internal-sftp\nPermitRootLogin prohibit-password\n"
+            f"ListenAddress {self.address}\nMaxStartups 100\n"
         )
         script = self.directory / "boot"
         # What a host has for itself lies over this one's files, in memory.
