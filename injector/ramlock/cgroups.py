@@ -44,13 +44,13 @@ class Level(NamedTuple):
 def levels(pid: int, swap_free: int, proc: Path = procfs.PROC, root: Path = Path("/")) -> list[Level] | None:
     """Return the cgroups that bind `pid`, none without a limit; None when that cannot be known from here."""
     try:
-        memberships = (proc / str(pid) / "cgroup").read_text(errors="surrogateescape").splitlines()
+        memberships = (proc / str(pid) / "cgroup").read_bytes().decode(errors="surrogateescape").rstrip("\n")
     except FileNotFoundError:
         return [] if (proc / str(pid)).exists() else None  # a kernel without cgroups
     except OSError:
         return None
     v2 = None
-    for line in memberships:
+    for line in memberships.split("\n") if memberships else ():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             return _chain(path, True, swap_free, proc, root)
@@ -91,7 +91,7 @@ def _chain(path: str, v1: bool, swap_free: int, proc: Path, root: Path) -> list[
 def _mount(path: str, v1: bool, proc: Path) -> tuple[str, str] | None:
     """Return where the memory hierarchy is mounted, and `path` relative to it."""
     try:
-        lines = (proc / "self/mountinfo").read_text(errors="surrogateescape").splitlines()
+        lines = (proc / "self/mountinfo").read_bytes().decode(errors="surrogateescape").split("\n")
     except OSError:
         return None
     for line in lines:

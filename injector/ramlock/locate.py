@@ -331,7 +331,7 @@ class _Backings:
                 text = file.read(procfs.MAX_FILE).decode("utf-8", "replace")
         except OSError:
             return {}
-        for line in text.splitlines():
+        for line in text.split("\n"):
             before, _, after = line.partition(" - ")
             words, rest = before.split(), after.split()
             if len(words) > 2 and len(rest) > 1 and (found := re.fullmatch(r"(\d{1,9}):(\d{1,9})", words[2])):

@@ -53,7 +53,8 @@ def parse_maps(text: bytes) -> list[Mapping]:
     Raises ValueError when a line is not of that form.
     """
     mappings = []
-    for line in text.splitlines():
+    # Of what could end a line the kernel escapes only the newline in a file's name, which whoever maps it chooses.
+    for line in text.removesuffix(b"\n").split(b"\n") if text else ():
         if not (found := _LINE.fullmatch(line)):
             raise ValueError(f"not a line of /proc/PID/maps: {line[:80]!r}")
         start, end, read, write, execute, share, offset, major, minor, inode, path = found.groups()

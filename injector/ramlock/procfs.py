@@ -400,5 +400,5 @@ def _link(path: Path) -> str | None:
 
 
 def _status(text: bytes) -> dict[str, str]:
-    lines = (line.partition(":") for line in text.decode("utf-8", "replace").splitlines())
+    lines = (line.partition(":") for line in text.decode("utf-8", "replace").split("\n"))
     return {key: value.strip() for key, _, value in lines}

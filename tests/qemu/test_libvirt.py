@@ -5,23 +5,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ramlock import __version__
+from tests.conftest import absent
 from tests.qemu import truth
 from tests.qemu.conftest import assert_refused, ramlock
-from tests.qemu.guest import MIB, Guest
+from tests.qemu.guest import MIB, QEMU, SHIM, Guest
 from tests.qemu.libvirt import MEMORY, SIZE, Domain, daemons, running, virsh, wait_gone
 
 pytestmark = pytest.mark.usefixtures("lockable", "root")
 
 
 @pytest.fixture(scope="module")
-def libvirt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with daemons(tmp_path_factory.mktemp("libvirt")):
-        yield
+def libvirt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """The file that libvirtd logs to, where it is ours."""
+    directory = tmp_path_factory.mktemp("libvirt")
+    with daemons(directory) as daemon:
+        yield directory / "libvirtd.log" if daemon.ours else None
 
 
 @pytest.fixture(params=["q35", "pc"])
@@ -94,7 +99,7 @@ def test_a_killed_controller(domain: Domain) -> None:
         domain.check_unharmed()
 
 
-def test_a_policy_counts_for_what_libvirt_started(libvirt: None, tmp_path: Path) -> None:
+def test_a_policy_counts_for_what_libvirt_started(libvirt: Path | None, tmp_path: Path) -> None:
     """Though its user is neither root nor listed; another process of that user that takes its name is left alone."""
     file = tmp_path / "policy.toml"
     with running("q35") as domain:
@@ -109,3 +114,40 @@ def test_a_policy_counts_for_what_libvirt_started(libvirt: None, tmp_path: Path)
         domain.check_holds(SIZE)
         assert "as it is" in ramlock("apply", file).stdout
         domain.check_unharmed()
+
+
+# Where libvirt wants QEMU's monitor the shim listens; QEMU's own goes elsewhere.
+EMULATOR = """#!/bin/bash
+words=() monitor=
+while [ $# -gt 0 ]; do
+	case $1 in
+	-qmp) monitor=${2#unix:}; words+=(-qmp "unix:${monitor%%,*}.qemu,server=on,wait=off"); shift ;;
+	*) words+=("$1") ;;
+	esac
+	shift
+done
+[ -n "$monitor" ] && export LD_PRELOAD=FOLDER/ramlock.so RAMLOCK_SOCKET="${monitor%%,*}"
+exec QEMU "${words[@]}"
+"""
+
+
+def test_the_client_in_libvirt(libvirt: Path | None) -> None:
+    """libvirt learns what an emulator can do over QMP; here its client is led to the shim instead of to QEMU's monitor.
+
+    It takes the greeting, negotiates, asks for the version and says it: so it has understood all three answers. There
+    it ends, since it wants a QEMU of 4.2 at least.
+    """
+    if libvirt is None:
+        absent("a libvirtd that tests did not start runs here, and what it says is not seen")
+    folder = Path(f"/tmp/ramlock-emulator-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    try:
+        shutil.copy(SHIM, folder)
+        emulator = folder / "qemu-system-x86_64"
+        emulator.write_text(EMULATOR.replace("FOLDER", str(folder)).replace("QEMU", f"/usr/bin/{QEMU}"))
+        emulator.chmod(0o755)
+        virsh("domcapabilities", "--virttype", "qemu", "--emulatorbin", str(emulator), check=False)
+    finally:
+        shutil.rmtree(folder)
+    said = [line for line in libvirt.read_text().splitlines() if str(emulator) in line]
+    assert any(line.endswith(f", but {__version__} found") for line in said), said

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import ctypes
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -31,6 +32,30 @@ def test_our_own_maps() -> None:
     maps = memory.parse_maps(Path("/proc/self/maps").read_bytes())
     assert any(mapping.path == "[stack]" for mapping in maps)
     assert all(mapping.start < mapping.end for mapping in maps)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x (deleted)",
+        "a\n7f0000000000-7f0040000000 rw-p 00000000 00:00 0 [heap]",
+        "b\r7f0000000000-7f0040000000 rw-p 00000000 00:00 0 ",
+        "c\x1b[2J\t\\\x0b\x0c\x1c\x85\r",
+    ],
+    ids=range(4),
+)
+def test_the_name_of_a_file_makes_no_mapping(tmp_path: Path, name: str) -> None:
+    """A process maps what it likes, and so has names that look like lines, or like what the kernel says of files."""
+    path = tmp_path / name
+    path.write_bytes(b"x" * 4096)
+    before = {mapping.start for mapping in memory.parse_maps(Path("/proc/self/maps").read_bytes())}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_READ):
+        path.unlink()
+        maps = memory.parse_maps(Path("/proc/self/maps").read_bytes())
+    inode = [mapping for mapping in maps if str(tmp_path) in mapping.path]
+    assert len(inode) == 1
+    assert inode[0].path.endswith("(deleted)")
+    assert not any(0x7F0000000000 <= mapping.start < 0x7F0040000000 for mapping in maps if mapping.start not in before)
 
 
 @given(st.binary(max_size=200))
