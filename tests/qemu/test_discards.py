@@ -76,6 +76,7 @@ def inflate_and_deflate(guest: Guest, factor: int = 1) -> None:
     agent = guest.agent
     guarantee, middle = GUARANTEE * factor, MIDDLE * factor
     small = max(SMALL, guest.memory // 4)
+    slack = SLACK + guest.memory // 50  # what is given back in the very step that fills its range may stay
     agent.ask(f"touch {300 * MIB * factor}")
     agent.ask("free")
     guest.guarantee(guarantee)
@@ -86,7 +87,7 @@ def inflate_and_deflate(guest: Guest, factor: int = 1) -> None:
     balloon(guest, middle, guarantee)
     calm(guest)
     assert_holds(guest, guarantee)
-    assert rss(guest) <= middle + SLACK
+    assert rss(guest) <= middle + slack
     assert rss(guest) < before
 
     # Less than the guarantee is left: all of that is locked, nothing else, and it is said.
@@ -96,9 +97,9 @@ def inflate_and_deflate(guest: Guest, factor: int = 1) -> None:
     assert reply["short"]["reason"] == "discarded"
     held = truth.locked(guest.pid)
     print(f"{small // MIB} MiB left: {rss(guest) // MIB} MiB in memory, {held.resident // MIB} MiB locked")
-    assert rss(guest) <= small + SLACK
-    assert small * 0.9 <= held.resident <= small + SLACK, (held, reply)
-    assert held.span <= small + SLACK
+    assert rss(guest) <= small + slack
+    assert small * 0.9 <= held.resident <= small + slack, (held, reply)
+    assert held.span <= small + slack
     assert reply["locked"] <= held.resident
     assert reply["extents"] < 300
 
