@@ -5,7 +5,7 @@ import io
 from collections import deque
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from rich.cells import cell_len
 from rich.console import Console
@@ -29,6 +29,7 @@ def screen(encoding: str = "utf-8") -> Screen:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@settings(deadline=None)
 @given(
     names=some.lists(some.text(min_size=1, max_size=60), max_size=12),
     width=some.integers(2, 200),
@@ -58,6 +59,7 @@ def test_who_lacks_something_comes_first() -> None:
     assert lines[-2] == "and 20 more"
 
 
+@settings(deadline=None)
 @given(
     requested=some.integers(0, 3 * GIB),
     locked=some.integers(0, 3 * GIB),
@@ -78,6 +80,7 @@ def test_a_bar_is_never_longer_nor_fuller_than_it_is(
     assert bar(one._replace(ram=None), cells) == (0,) * len(MARKS)
 
 
+@settings(deadline=None)
 @given(some.integers(0, 1 << 60))
 def test_sizes_are_short(size: int) -> None:
     assert len(short(size)) <= 8 if size >= 1 << 50 else len(short(size)) <= 6
