@@ -173,7 +173,8 @@ def stalls(run: Run) -> str:
         rows.append([way, ms(run.median(way, worst)), *(ms(wait) for wait in waits), ms(run.median(way, wall))])
     text = table(["", "worst stall", *WATCHERS, "took"], rows)
     unserved = statistics.median(m.unserved / m.wall for m in run.measured["ramlock"])
-    text += f"\nFor {unserved:.0%} of its time ramlock's thread was ready to run and had no processor.\n"
+    if unserved:
+        text += f"\nFor {unserved:.0%} of its time ramlock's thread was ready to run and had no processor.\n"
     rows = [[way, *(ms(run.pooled(way, watcher).percentile()) for watcher in WATCHERS)] for way in WAYS]
     return f"Longest waits, medians of {run.rounds} rounds:\n\n{text}\np99.9 over all rounds:\n\n" + table(
         ["", *WATCHERS], rows
