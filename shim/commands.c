@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The command table of the control socket, and the events. */
 #include "commands_inside.h"
+#include "monitor.h"
 
 #include <errno.h>
 
@@ -35,7 +36,7 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 		return;
 	}
 	c->look_now(c->opaque, true);
-	locker_query(c->locker, &c->status);
+	read_status(c);
 	wish = c->status.wish;
 	wish.all = all && json_object_get_boolean(all);
 	if (wish.all && size) {
@@ -73,14 +74,39 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 	}
 
 	err = locker_set(c->locker, &wish, text);
+	if (err == -ESHUTDOWN) {
+		qmp_fail(r, NULL, "%s", text);
+		return;
+	}
 	if (err) {
 		const char *word = err == -ERANGE ? "range" : err == -EPERM ? "rlimit" : err == -ENODEV ? "no-ram" : "waiting";
 
 		qmp_fail(r, NULL, "[%s] %s", word, text);
 		return;
 	}
-	c->launch_error[0] = '\0';
 	r->value = json_object_new_object();
+}
+
+/* Offers set_ram_minguarantee and query-ram-minguarantee in QEMU's own monitor too. */
+static void ramlock_monitor(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	int err;
+
+	(void)arguments;
+	if (c->eject) {
+		qmp_fail(r, NULL, "the shim is leaving");
+		return;
+	}
+	err = monitor_want(c->monitor);
+	if (!err) {
+		c->look_now(c->opaque, true); /* the bottom half that looks does it */
+		err = monitor_want(c->monitor);
+	}
+	if (err)
+		qmp_fail(r, NULL, "[monitor] %s", err == -ENOSYS ? "this QEMU does not export its monitor" :
+								   "this QEMU has such commands by itself");
+	else
+		r->value = json_object_new_object();
 }
 
 /* A controller on the host tells what it sees of the cgroups that the process is in. */
@@ -120,6 +146,7 @@ static const struct command table[] = {
 	{ "query-ram-blocks", query_ram_blocks, { { 0 } } },
 	{ "set-ram-blocks", set_ram_blocks, { { "blocks", json_type_array, REQUIRED } } },
 	{ "query-ramlock", query_ramlock, { { 0 } } },
+	{ "ramlock-monitor", ramlock_monitor, { { 0 } } },
 	{ "ramlock-eject", ramlock_eject, { { "keep", json_type_boolean, OPTIONAL } } },
 	{ "ramlock-adopt", ramlock_adopt, { { "books", json_type_object, REQUIRED }, { "wish", json_type_object, REQUIRED } } },
 	{ "ramlock-follow-discards", ramlock_follow_discards, { { 0 } } },

@@ -15,6 +15,8 @@ struct commands {
 	/* Takes guest RAM from outside. Returns 0, or -EINVAL with the reason in @text. */
 	int (*push)(void *opaque, struct ram_layout *l, char text[SHORT_TEXT]);
 	void *opaque;
+	bool at_once; /* these run on QEMU's main thread, which must not wait */
+	const struct qmp_server *monitor; /* what serves the commands in QEMU's own monitor */
 	bool symbols; /* this QEMU exports what is needed to find guest RAM */
 	bool injected; /* rather than preloaded */
 	const _Atomic uint64_t *started_ns; /* CLOCK_MONOTONIC at the end of the injection */
@@ -24,7 +26,6 @@ struct commands {
 	bool keep; /* ... or at once, with all left as it is */
 	struct books books; /* scratch, as `status` */
 	struct ram_layout layout; /* scratch */
-	char launch_error[SHORT_TEXT]; /* why the guarantee of the launch was not set; empty: none was refused */
 	struct locker_status status; /* scratch: too large for a thread's stack */
 };
 

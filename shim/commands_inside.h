@@ -18,6 +18,14 @@ command_fn query_ram_minguarantee, query_ram_blocks, query_version, query_ramloc
 command_fn set_ram_blocks;
 command_fn ramlock_eject, ramlock_adopt, ramlock_follow_discards;
 
+static inline void read_status(struct commands *c)
+{
+	if (c->at_once)
+		locker_peek(c->locker, &c->status);
+	else
+		locker_query(c->locker, &c->status);
+}
+
 static inline void add(struct json_object *o, const char *key, struct json_object *value)
 {
 	json_object_object_add(o, key, value);

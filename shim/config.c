@@ -171,6 +171,17 @@ static uid_t launcher(void)
 	return is_of(parent, getuid()) || (runtime && is_of(runtime, getuid())) ? getuid() : 0;
 }
 
+/* Reads 0 or 1, if @text has something; *out is the default. */
+static void read_switch(const char *name, const char *text, bool *out, void (*warn)(const char *fmt, ...))
+{
+	if (!text || !*text)
+		return;
+	if (!strcmp(text, "0") || !strcmp(text, "1"))
+		*out = *text == '1';
+	else
+		warn("%s: '%s' is neither 0 nor 1; using %d", name, text, *out);
+}
+
 static void config_read(struct config *c, config_get_fn *get, void *opaque, void (*warn)(const char *fmt, ...))
 {
 	const char *text, *why;
@@ -191,11 +202,7 @@ static void config_read(struct config *c, config_get_fn *get, void *opaque, void
 	else if (text && *text && strcmp(text, "resident"))
 		warn("RAMLOCK_ORDER: '%s' is neither resident nor address; using resident", text);
 
-	text = get(opaque, "RAMLOCK_PREFAULT");
-	if (text && !strcmp(text, "0"))
-		c->prefault = false;
-	else if (text && *text && strcmp(text, "1"))
-		warn("RAMLOCK_PREFAULT: '%s' is neither 0 nor 1; using 1", text);
+	read_switch("RAMLOCK_PREFAULT", get(opaque, "RAMLOCK_PREFAULT"), &c->prefault, warn);
 
 	text = get(opaque, "RAMLOCK_HOLD_BUDGET");
 	if (text && *text && !parse_number(text, HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &c->hold_budget_us))
@@ -217,11 +224,8 @@ static void config_read(struct config *c, config_get_fn *get, void *opaque, void
 			warn("RAMLOCK_HOST_RESERVE: '%s' %s; using the default", text, why);
 	}
 
-	text = get(opaque, "RAMLOCK_FOLLOW_DISCARDS");
-	if (text && !strcmp(text, "1"))
-		c->follow_discards = true;
-	else if (text && *text && strcmp(text, "0"))
-		warn("RAMLOCK_FOLLOW_DISCARDS: '%s' is neither 0 nor 1; using 0", text);
+	read_switch("RAMLOCK_FOLLOW_DISCARDS", get(opaque, "RAMLOCK_FOLLOW_DISCARDS"), &c->follow_discards, warn);
+	read_switch("RAMLOCK_MONITOR", get(opaque, "RAMLOCK_MONITOR"), &c->monitor, warn);
 
 	text = get(opaque, "RAMLOCK_SOCKET");
 	if (text && strlen(text) >= sizeof(c->socket))

@@ -21,6 +21,7 @@ struct config {
 	enum order order;
 	bool prefault;
 	bool follow_discards;
+	bool monitor; /* offer the commands in QEMU's own monitor too */
 	uint32_t hold_budget_us; /* 0: the usual */
 	uint32_t threads;
 	uint64_t host_reserve; /* bytes; 0: the usual */

@@ -29,6 +29,7 @@ static void give(struct commands *c, struct qmp_reply *r)
 
 	if (c->halt(c->opaque)) {
 		c->eject = false;
+		locker_close(c->locker, false);
 		qmp_fail(r, NULL, "[busy] the lock thread is in a step that takes long: try again");
 		return;
 	}
@@ -64,6 +65,7 @@ void ramlock_eject(struct commands *c, struct json_object *arguments, struct qmp
 		return;
 	}
 	c->eject = true;
+	locker_close(c->locker, true);
 	if (keep && json_object_get_boolean(keep)) {
 		give(c, r);
 		return;

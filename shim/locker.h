@@ -53,6 +53,7 @@ enum locker_event {
 	LOCKER_WENT_SHORT = 1 << 2,
 	LOCKER_LOST = 1 << 3,
 	LOCKER_REPAIRED = 1 << 4,
+	LOCKER_COUNT = 1 << 5, /* no event for clients: resident pages are to be counted, see locker_peek() */
 };
 
 struct locker {
@@ -66,9 +67,11 @@ struct locker {
 	void *opaque;
 
 	bool stop; /* the thread is to end */
+	bool closed; /* no guarantee is taken any more */
 	bool ended; /* it has */
 	struct wish wish;
 	uint64_t generation; /* counts wishes */
+	char launch_error[SHORT_TEXT]; /* why the wish of the launch was not set; empty: it was, or another one has been since */
 	bool known; /* layout is valid */
 	struct ram_layout layout;
 	uint64_t layout_generation;
@@ -96,6 +99,11 @@ struct locker {
 	uint64_t rate; /* bytes per second lately; 0 until it is known */
 	uint64_t rate_ns, rate_bytes; /* when, and with how many bytes done, that was taken */
 	uint64_t progress_ns; /* time of the last progress event */
+	/* What was resident of on-fault locks when that was counted last, if that was for this wish and layout. */
+	struct {
+		uint64_t generation, layout;
+		uint64_t absent[RAM_BLOCKS_MAX], of[RAM_BLOCKS_MAX]; /* bytes that were not there, and of how many */
+	} counted;
 
 	/* Called on QEMU's threads when there are discards to look at: is to have follow_wake() called. */
 	void (*discarded)(void *opaque);
@@ -125,12 +133,15 @@ void *locker_run(void *arg);
 /*
  * Sets a new wish and wakes the thread; a size above guest RAM, and one that RLIMIT_MEMLOCK forbids, are refused with
  * the former wish kept. Returns 0, -EAGAIN when guest RAM is not known, -ENODEV when there is none, -ERANGE above
- * guest RAM, or -EPERM when RLIMIT_MEMLOCK forbids it; then @text says so.
+ * guest RAM, -EPERM when RLIMIT_MEMLOCK forbids it, or -ESHUTDOWN after locker_close(); then @text says so.
  */
 int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT]);
 
-/* Sets the wish from before guest RAM was known: not refused, but short while it cannot be. */
-void locker_set_launch(struct locker *l, const struct wish *wish);
+/* From now on only a wish for nothing is taken, from whichever thread; or again any, if not @closed. */
+void locker_close(struct locker *l, bool closed);
+
+/* Sets the wish from before guest RAM was known: not refused, but short while it cannot be. @error is why it is not what was asked for, or "". */
+void locker_set_launch(struct locker *l, const struct wish *wish, const char *error);
 
 /* Guest RAM is now @layout. What we locked and is no part of it any more is unlocked by and by. */
 void locker_set_layout(struct locker *l, const struct ram_layout *layout);
@@ -190,14 +201,16 @@ bool locker_wants_more(struct locker *l);
 struct locker_block {
 	struct ram_block block;
 	uint64_t locked;
+	uint64_t absent; /* bytes that are on-fault locked and not resident */
 };
 
 struct locker_status {
 	struct wish wish;
-	uint64_t generation;
+	uint64_t generation, layout_generation;
 	enum locker_state state;
 	enum shortage shortage;
 	char short_text[SHORT_TEXT];
+	char launch_error[SHORT_TEXT]; /* as in struct locker */
 	uint64_t requested, locked, armed, foreign, ram;
 	uint64_t left_out; /* as in struct ram_layout */
 	struct locker_block blocks[RAM_BLOCKS_MAX];
@@ -216,6 +229,12 @@ struct locker_status {
 
 /* A consistent picture. Counts resident pages when there are on-fault locks, so it may take a while. */
 void locker_query(struct locker *l, struct locker_status *s);
+
+/*
+ * The same at once, for QEMU's main thread: waits for nobody and looks at no page. What is resident of on-fault locks is what was
+ * counted last for this guarantee; it is counted anew by and by.
+ */
+void locker_peek(struct locker *l, struct locker_status *s);
 
 /* Takes the events that are due, with the figures that belong to them. */
 unsigned int locker_take_events(struct locker *l, struct locker_status *s);

@@ -12,6 +12,7 @@
 #include "shim.h"
 
 #include "clock.h"
+#include "monitor.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -73,59 +74,80 @@ static void launch_guarantee(struct shim *s, uint64_t ram)
 	struct wish wish = { .order = s->config.order, .prefault = s->config.prefault,
 			     .hold_budget_us = s->config.hold_budget_us, .threads = s->config.threads,
 			     .host_reserve = s->config.host_reserve };
+	char error[SHORT_TEXT];
 
-	if (s->config.guarantee_error[0])
-		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error), "%s", s->config.guarantee_error);
+	snprintf(error, sizeof(error), "%s", s->config.guarantee_error);
 	wish.all = g->kind == GUARANTEE_ALL;
 	wish.lock_ram_size = guarantee_resolve(g, ram);
 	if (!wish.all && wish.lock_ram_size > ram) {
-		snprintf(s->commands.launch_error, sizeof(s->commands.launch_error),
+		snprintf(error, sizeof(error),
 			 "the guarantee of %llu MiB at launch is above guest RAM, which is %llu MiB; none is set",
 			 (unsigned long long)(wish.lock_ram_size >> 20), (unsigned long long)(ram >> 20));
-		shim_warn("%s", s->commands.launch_error);
+		shim_warn("%s", error);
 		wish.lock_ram_size = 0;
 	}
-	locker_set_launch(&s->locker, &wish);
+	locker_set_launch(&s->locker, &wish, error);
 }
 
 static const char POSTCOPY[] = "this VM is the target of a postcopy migration";
 static const char MAYBE_POSTCOPY[] =
 	"this QEMU was started as the target of a migration, and cannot be asked whether that is over";
 
+/* Lists guest RAM of a machine that is complete. */
+static void list(struct shim *s)
+{
+	static struct ram_layout layout;
+	struct qemu_outlook outlook;
+	bool postcopy;
+
+	atomic_store(&s->dirty, false);
+	if (qemu_walk(&layout, locker_follows(&s->locker), &outlook))
+		shim_warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
+	postcopy = qemu_is_postcopy_target();
+	locker_suspend(&s->locker, postcopy ? POSTCOPY : NULL);
+	if (!atomic_load(&s->known))
+		launch_guarantee(s, layout.total);
+	locker_set_layout(&s->locker, &layout);
+	atomic_store(&s->known, true);
+	/* QEMU tells neither of the end of a migration nor of a DIMM that is plugged or unplugged: look again, by and by. */
+	if (postcopy || (outlook.may_grow && locker_wants_more(&s->locker)))
+		atomic_store(&s->dirty, true);
+	for (size_t i = 0; i < outlook.n_wanted; i++)
+		if (locker_holds(&s->locker, outlook.wanted[i].host))
+			atomic_store(&s->dirty, true);
+		else
+			qemu_let_go(outlook.wanted[i].device);
+	atomic_store(&s->may_change, outlook.may_change);
+}
+
+/* A command in QEMU's own monitor is about to depend on guest RAM; QEMU has it only after a first look. */
+void look_at_once(void *opaque, bool certain)
+{
+	struct shim *s = opaque;
+
+	(void)certain;
+	list(s);
+	if (atomic_load(&s->dirty))
+		poke(s);
+}
+
 /* The bottom half: lists guest RAM, if the machine is complete. */
 static void look(void *opaque)
 {
-	static struct ram_layout layout;
 	struct shim *s = opaque;
-	struct qemu_outlook outlook;
-	bool postcopy;
 	const struct qemu_watcher watcher = { s, ram_changed, ram_removed };
 
-	if (!atomic_load(&s->active))
+	if (!atomic_load(&s->active)) {
+		monitor_settle();
 		return;
+	}
 	if (!qemu_machine_ready()) {
 		atomic_store(&s->dirty, true);
 	} else {
 		if (!s->watching)
 			s->watching = qemu_watch(&watcher); /* calls ram_changed() for every block */
-		atomic_store(&s->dirty, false);
-		if (qemu_walk(&layout, locker_follows(&s->locker), &outlook))
-			shim_warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
-		postcopy = qemu_is_postcopy_target();
-		locker_suspend(&s->locker, postcopy ? POSTCOPY : NULL);
-		if (!atomic_load(&s->known))
-			launch_guarantee(s, layout.total);
-		locker_set_layout(&s->locker, &layout);
-		atomic_store(&s->known, true);
-		/* QEMU tells neither of the end of a migration nor of a DIMM that is plugged or unplugged: look again, by and by. */
-		if (postcopy || (outlook.may_grow && locker_wants_more(&s->locker)))
-			atomic_store(&s->dirty, true);
-		for (size_t i = 0; i < outlook.n_wanted; i++)
-			if (locker_holds(&s->locker, outlook.wanted[i].host))
-				atomic_store(&s->dirty, true);
-			else
-				qemu_let_go(outlook.wanted[i].device);
-		atomic_store(&s->may_change, outlook.may_change);
+		list(s);
+		monitor_settle();
 	}
 	pthread_mutex_lock(&s->looking);
 	atomic_store(&s->scheduled, false);
@@ -133,6 +155,7 @@ static void look(void *opaque)
 	pthread_mutex_unlock(&s->looking);
 	poke(s);
 }
+
 /* ---- The control thread ---- */
 
 static void schedule_look(struct shim *s)

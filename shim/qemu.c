@@ -13,6 +13,7 @@
 #include "qemu.h"
 
 #include "backends.h"
+#include "monitor.h"
 #include "virtio_mem.h"
 
 #include <dlfcn.h>
@@ -139,6 +140,7 @@ void qemu_init(struct qemu *q)
 		     (sym.phase_check || sym.qdev_hotplug) && sym.qemu_ram_foreach_block && sym.qemu_ram_get_idstr &&
 		     sym.qemu_ram_get_host_addr && sym.qemu_ram_get_used_length && sym.qemu_ram_pagesize;
 	q->emulator = q->symbols || named_like_qemu();
+	monitor_init(q->symbols);
 }
 
 bool qemu_daemonizes(void)

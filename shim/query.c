@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The commands that tell: of the guarantee, of guest RAM, of the shim. */
 #include "commands_inside.h"
+#include "monitor.h"
 
 #include <unistd.h>
 
@@ -55,7 +56,7 @@ void query_ram_minguarantee(struct commands *c, struct json_object *arguments, s
 
 	(void)arguments;
 	c->look_now(c->opaque, false);
-	locker_query(c->locker, s);
+	read_status(c);
 	add_size(o, "requested", s->requested);
 	add_bool(o, "all", s->wish.all);
 	add_size(o, "locked", s->locked);
@@ -98,8 +99,8 @@ void query_ram_minguarantee(struct commands *c, struct json_object *arguments, s
 		add_reason(o, "short", shortage_name(s->shortage), s->short_text);
 	if (s->state == LOCKER_WAITING)
 		add_waiting(o, c);
-	if (c->launch_error[0])
-		add_string(o, "launch-error", c->launch_error);
+	if (s->launch_error[0])
+		add_string(o, "launch-error", s->launch_error);
 	r->value = o;
 }
 
@@ -133,6 +134,7 @@ void query_ramlock(struct commands *c, struct json_object *arguments, struct qmp
 	add_size(r->value, "pid", (uint64_t)getpid());
 	add_size(r->value, "base", c->base);
 	add_string(r->value, "entry", c->injected ? "injected" : "preloaded");
+	add_string(r->value, "monitor", monitor_state());
 	if (c->injected)
 		add_size(r->value, "started-ns", *c->started_ns);
 }

@@ -20,6 +20,7 @@
 #include "clock.h"
 #include "discards.h"
 #include "follow.h"
+#include "monitor.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -117,6 +118,11 @@ static bool may_leave(struct shim *s)
 /* Takes back all that was started, once the lock thread is no more; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
 static void eject(struct shim *s)
 {
+	if (!strcmp(monitor_state(), "on")) {
+		monitor_want(NULL);
+		look_and_wait(s); /* if QEMU's main loop is too busy now, it takes the commands away later */
+	}
+	monitor_want(NULL);
 	discards_unfollow();
 	pthread_mutex_lock(&s->binding);
 	control_unlink(&s->control);
@@ -138,7 +144,9 @@ static void *control_run(void *arg)
 	if (s->injected) {
 		/* Not on QEMU's main thread: it takes a lookup in every library of QEMU for each symbol. */
 		qemu_init(&s->qemu);
-		s->commands.symbols = s->qemu.symbols;
+		s->commands.symbols = s->monitor_commands.symbols = s->qemu.symbols;
+		if (s->config.monitor)
+			monitor_want(&s->monitor_server);
 	}
 	stepper_open(&s->locker.stepper, "");
 	pushed_open(&s->pushed);
@@ -191,6 +199,7 @@ static int start(struct shim *s)
 		memset(&s->locker, 0, sizeof(s->locker));
 		memset(&s->pushed, 0, sizeof(s->pushed));
 		memset(&s->commands, 0, sizeof(s->commands));
+		memset(&s->monitor_commands, 0, sizeof(s->monitor_commands));
 	}
 	s->used = true;
 	locker_init(&s->locker, locker_news, s);
@@ -208,7 +217,14 @@ static int start(struct shim *s)
 	s->commands.injected = s->injected;
 	s->commands.started_ns = &s->started_ns;
 	s->commands.base = dladdr(s, &self) ? (uint64_t)(uintptr_t)self.dli_fbase : 0;
+	s->commands.monitor = &s->monitor_server;
 	s->server = (struct qmp_server){ commands_run, &s->commands, COMMANDS_LONGEST };
+	s->monitor_commands.locker = &s->locker;
+	s->monitor_commands.symbols = s->qemu.symbols;
+	s->monitor_commands.look_now = look_at_once;
+	s->monitor_commands.opaque = s;
+	s->monitor_commands.at_once = true;
+	s->monitor_server = (struct qmp_server){ commands_run, &s->monitor_commands, COMMANDS_LONGEST };
 	atomic_store(&s->active, true);
 	err = control_init(&s->control, &s->config, &s->server);
 	if (!err)
@@ -302,6 +318,8 @@ __attribute__((constructor)) static void enter(void)
 	leave_preload();
 	s->daemonizes = qemu_daemonizes();
 	config_from_environment(&s->config, shim_warn);
+	if (s->config.monitor && monitor_want(&s->monitor_server) == -ENOSYS)
+		shim_warn("this QEMU does not export its monitor: RAMLOCK_MONITOR has no effect there");
 	if (pthread_atfork(NULL, NULL, after_fork_in_child)) {
 		shim_warn("cannot follow forks: this VM has no guarantee");
 		return;

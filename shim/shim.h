@@ -28,6 +28,8 @@ struct shim {
 	struct pushed pushed; /* guest RAM, where QEMU cannot be asked */
 	struct commands commands;
 	struct qmp_server server;
+	struct commands monitor_commands; /* the same for QEMU's own monitor, with what is of no use there left out */
+	struct qmp_server monitor_server;
 	struct control control;
 	pthread_mutex_t binding; /* so that a process that exits at once leaves no socket behind */
 	bool leaving; /* the process exits: bind nothing more */
@@ -67,6 +69,7 @@ int look_when_due(struct shim *s);
 
 /* For struct commands; @opaque is the struct shim. */
 void look_now(void *opaque, bool certain);
+void look_at_once(void *opaque, bool certain); /* on QEMU's main thread */
 int look_push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT]);
 
 /* For struct locker. */

@@ -27,9 +27,11 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 
 	s->wish = l->wish;
 	s->generation = l->generation;
+	s->layout_generation = l->layout_generation;
 	s->state = l->state;
 	s->shortage = l->shortage;
 	memcpy(s->short_text, l->short_text, sizeof(s->short_text));
+	memcpy(s->launch_error, l->launch_error, sizeof(s->launch_error));
 	s->requested = l->wish.all ? l->layout.total : l->wish.lock_ram_size;
 	s->ram = l->layout.total;
 	s->left_out = l->layout.left_out;
@@ -60,8 +62,41 @@ static void copy_status(const struct locker *l, struct locker_status *s, struct 
 	*on_fault = l->books.on_fault;
 }
 
+/* Counts what is not resident of @on_fault, and keeps it for locker_peek(). Without the mutex. */
+static void count(struct locker *l, struct locker_status *s, const struct extents *on_fault)
+{
+	for (size_t i = 0; i < s->n_blocks; i++)
+		s->blocks[i].absent = count_absent(l, on_fault, s->blocks[i].block.host);
+	if (!on_fault->total)
+		return;
+	pthread_mutex_lock(&l->mutex);
+	l->counted.generation = s->generation;
+	l->counted.layout = s->layout_generation;
+	for (size_t i = 0; i < s->n_blocks; i++) {
+		l->counted.absent[i] = s->blocks[i].absent;
+		l->counted.of[i] = extents_overlap(on_fault, s->blocks[i].block.host);
+	}
+	pthread_mutex_unlock(&l->mutex);
+}
+
+/* Takes what is not resident from the last count; what was locked since then, or all if there was none, may be absent. With the mutex. */
+static void recall(struct locker *l, struct locker_status *s, const struct extents *on_fault)
+{
+	bool counted = l->counted.generation == l->generation && l->counted.layout == l->layout_generation;
+
+	for (size_t i = 0; i < s->n_blocks; i++) {
+		uint64_t all = extents_overlap(on_fault, s->blocks[i].block.host), absent = all;
+
+		if (counted)
+			absent = l->counted.absent[i] + (all > l->counted.of[i] ? all - l->counted.of[i] : 0);
+		s->blocks[i].absent = absent < all ? absent : all;
+	}
+	if (on_fault->total)
+		locker_raise_event(l, LOCKER_COUNT);
+}
+
 /* Completes @s with what is asked of the kernel, without the mutex. */
-static void ask_kernel(const struct locker *l, struct locker_status *s, const struct extents *on_fault)
+static void ask_kernel(const struct locker *l, struct locker_status *s)
 {
 	int64_t vm_locked = headroom_vm_locked(&l->stepper.headroom);
 	uint64_t missing;
@@ -73,7 +108,7 @@ static void ask_kernel(const struct locker *l, struct locker_status *s, const st
 	s->locked = 0;
 	missing = vm_locked < 0 || (uint64_t)vm_locked >= s->counted ? 0 : s->counted - (uint64_t)vm_locked;
 	for (size_t i = 0; i < s->n_blocks; i++) {
-		s->blocks[i].locked -= count_absent(l, on_fault, s->blocks[i].block.host);
+		s->blocks[i].locked -= s->blocks[i].absent;
 		/* Lost just now, and not looked into yet; of which block does not matter. */
 		if (s->blocks[i].block.backing != BACKING_HUGETLB) {
 			uint64_t here = missing < s->blocks[i].locked ? missing : s->blocks[i].locked;
@@ -93,7 +128,19 @@ void locker_query(struct locker *l, struct locker_status *s)
 	pthread_mutex_lock(&l->mutex);
 	copy_status(l, s, &on_fault);
 	pthread_mutex_unlock(&l->mutex);
-	ask_kernel(l, s, &on_fault);
+	count(l, s, &on_fault);
+	ask_kernel(l, s);
+}
+
+void locker_peek(struct locker *l, struct locker_status *s)
+{
+	struct extents on_fault;
+
+	pthread_mutex_lock(&l->mutex);
+	copy_status(l, s, &on_fault);
+	recall(l, s, &on_fault);
+	pthread_mutex_unlock(&l->mutex);
+	ask_kernel(l, s);
 }
 
 unsigned int locker_take_events(struct locker *l, struct locker_status *s)
@@ -115,7 +162,9 @@ unsigned int locker_take_events(struct locker *l, struct locker_status *s)
 	if (events)
 		copy_status(l, s, &on_fault);
 	pthread_mutex_unlock(&l->mutex);
-	if (events)
-		ask_kernel(l, s, &on_fault);
+	if (events) {
+		count(l, s, &on_fault);
+		ask_kernel(l, s);
+	}
 	return events;
 }

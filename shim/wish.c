@@ -29,6 +29,10 @@ static int check_wish(const struct locker *l, const struct wish *w, uint64_t lim
 
 	if (!want)
 		return 0;
+	if (l->closed) {
+		snprintf(text, SHORT_TEXT, "the shim is leaving");
+		return -ESHUTDOWN;
+	}
 	if (!l->known) {
 		snprintf(text, SHORT_TEXT, "guest RAM is not known yet");
 		return -EAGAIN;
@@ -82,6 +86,7 @@ static void accept_wish(struct locker *l, const struct wish *w)
 	l->wish = *w;
 	l->wish.hold_budget_us = w->hold_budget_us ? w->hold_budget_us : HOLD_BUDGET_US;
 	l->wish.threads = w->threads ? w->threads : 1;
+	l->launch_error[0] = '\0';
 	l->generation++;
 	pacer_reset(&l->pacer);
 	l->began_ns = l->progress_ns = now_ns();
@@ -111,13 +116,19 @@ int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 	bool vfio = limit != UINT64_MAX && headroom_has_vfio(l->stepper.headroom.cgroups.root);
 	int err;
 
-	upkeep_check(l);
 	pthread_mutex_lock(&l->mutex);
 	err = check_wish(l, wish, limit, vm_locked, vfio, text);
 	if (!err)
 		accept_wish(l, wish);
 	pthread_mutex_unlock(&l->mutex);
 	return err;
+}
+
+void locker_close(struct locker *l, bool closed)
+{
+	pthread_mutex_lock(&l->mutex);
+	l->closed = closed;
+	pthread_mutex_unlock(&l->mutex);
 }
 
 void locker_lease(struct locker *l, uint64_t left, unsigned int seconds)
@@ -129,10 +140,11 @@ void locker_lease(struct locker *l, uint64_t left, unsigned int seconds)
 	pthread_mutex_unlock(&l->mutex);
 }
 
-void locker_set_launch(struct locker *l, const struct wish *wish)
+void locker_set_launch(struct locker *l, const struct wish *wish, const char *error)
 {
 	pthread_mutex_lock(&l->mutex);
 	accept_wish(l, wish);
+	snprintf(l->launch_error, sizeof(l->launch_error), "%s", error);
 	pthread_mutex_unlock(&l->mutex);
 }
 

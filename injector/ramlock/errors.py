@@ -27,6 +27,7 @@ The tree, with exit codes; whoever catches RamlockError catches all of it::
      |    +-- TurnedAway     1    ... the shim takes no more clients; nothing was asked of it
      |    +-- ProtocolError  1    ... what came is not what docs/protocol.md promises
      +-- CommandError        1  the shim answered a command with an error; nothing changed
+     +-- NoMonitor           1  QEMU's own monitor cannot offer the commands; all else is done
      +-- Superseded          1  someone else set another guarantee while we waited
      +-- Interrupted       130  Ctrl-C; the message says what stays behind
 """
@@ -177,6 +178,10 @@ class CommandError(RamlockError):
         self.desc = desc
         self.reason = reason
         self.error_class = error_class
+
+
+class NoMonitor(RamlockError):
+    """QEMU's own monitor cannot offer the shim's commands; everything else was done."""
 
 
 class Superseded(RamlockError):

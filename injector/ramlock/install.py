@@ -23,6 +23,7 @@ from ramlock import (
     kept,
     loaded,
     memfd,
+    monitor,
     place,
     preflight,
     procfs,
@@ -74,6 +75,8 @@ class Options:
     """Whether a guess of where guest RAM is will do."""
     follow_discards: bool = False
     """Whether QEMU's discards of guest RAM are to be followed."""
+    monitor: bool = False
+    """Whether QEMU's own monitor is to offer the commands too."""
 
 
 class Outcome(NamedTuple):
@@ -282,6 +285,7 @@ def _plan_upgrade(
         allow_uid=int(allowed) if options.allow_uid is None and allowed.isdecimal() else options.allow_uid,
         owner=process.uids[0] if facts.get("entry") == "preloaded" else None,
         follow_discards=options.follow_discards or _ask(vm, "query-ram-minguarantee").get("follow-discards") is True,
+        monitor=options.monitor or monitor.is_wanted(vm),
     )
     report = _look(process.pid, environ, kept.socket, options)
     report.require()
@@ -401,6 +405,8 @@ def _config(process: procfs.Process, where: place.Place, options: Options) -> by
         lines.append(f"RAMLOCK_ALLOW_UID={place.uid_inside(options.allow_uid, process.pid)}")
     if options.follow_discards:
         lines.append("RAMLOCK_FOLLOW_DISCARDS=1")
+    if options.monitor:
+        lines.append("RAMLOCK_MONITOR=1")
     return os.fsencode("\n".join(lines) + "\n")
 
 

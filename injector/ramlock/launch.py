@@ -39,6 +39,7 @@ class Options:
     follow_discards: bool = False
     force: bool = False
     """Whether QEMU is started also when the guarantee does not seem to fit."""
+    monitor: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,8 @@ def shim_environ(environ: Mapping[str, str], library: Path, options: Options) ->
         result["RAMLOCK_HOST_RESERVE"] = str(options.host_reserve or "default")
     if options.follow_discards:
         result["RAMLOCK_FOLLOW_DISCARDS"] = "1"
+    if options.monitor:
+        result["RAMLOCK_MONITOR"] = "1"
     if options.allow_uid is not None:
         result["RAMLOCK_ALLOW_UID"] = str(options.allow_uid)
     if options.socket is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ramlock import elf, memory
 from tests.conftest import absent
 from tests.qemu import truth
 from tests.qemu.guest import GIB, INITRAMFS, RAMLOCK, SHIM, SLACK, Guest
@@ -60,6 +61,18 @@ def setting() -> Iterator[Setting]:
     finally:
         for file, value in reversed(former):
             file.write_text(value)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A shim of another build."""
+    data = bytearray(SHIM.read_bytes())
+    build = bytes.fromhex(memory.find_build_id(elf.sections(SHIM, (".note.gnu.build-id",))[0]))
+    data[data.index(build)] ^= 0xFF
+    path = tmp_path / "ramlock.so"
+    path.write_bytes(data)
+    tmp_path.chmod(0o755)
+    return path
 
 
 def ramlock(*args: object, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

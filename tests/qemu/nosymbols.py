@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
@@ -37,20 +38,20 @@ int qemu_ram_foreach_block(struct RAMBlock *block) { return block->fd; }
 """
 
 
-def renamed(folder: Path) -> Path:
-    """A copy of QEMU whose dynamic symbols have other names, with its modules, which use them."""
+def renamed(folder: Path, hidden: Sequence[str] = HIDDEN) -> Path:
+    """A copy of QEMU where these dynamic symbols have other names, with its modules, which use them."""
     path = folder / QEMU
     data = Path(shutil.which(QEMU) or QEMU).read_bytes()
-    assert all(_word(name) in data for name in HIDDEN)
-    path.write_bytes(_rename(data))
+    assert all(_word(name) in data for name in hidden)
+    path.write_bytes(_rename(data, hidden))
     path.chmod(0o755)
     for module in MODULES.glob("accel-*.so"):
-        (folder / module.name).write_bytes(_rename(module.read_bytes()))
+        (folder / module.name).write_bytes(_rename(module.read_bytes(), hidden))
     return path
 
 
-def _rename(data: bytes) -> bytes:
-    for name in HIDDEN:
+def _rename(data: bytes, hidden: Sequence[str]) -> bytes:
+    for name in hidden:
         data = data.replace(_word(name), b"\0X" + name.encode()[1:] + b"\0")
     return data
 

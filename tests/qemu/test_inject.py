@@ -356,24 +356,6 @@ def test_twenty_rounds() -> None:
         guest.check_unharmed()
 
 
-@pytest.fixture
-def other(tmp_path: Path) -> Path:
-    """A shim of another build."""
-    data = bytearray(SHIM.read_bytes())
-    build = bytes.fromhex(memory.find_build_id(_note()))
-    data[data.index(build)] ^= 0xFF
-    path = tmp_path / "ramlock.so"
-    path.write_bytes(data)
-    tmp_path.chmod(0o755)
-    return path
-
-
-def _note() -> bytes:
-    from ramlock import elf
-
-    return elf.sections(SHIM, (".note.gnu.build-id",))[0]
-
-
 def test_upgrade_keeps_what_is_locked(other: Path) -> None:
     with Guest(how="plain") as guest:
         inject(guest, "--guarantee", "64M", env={"RAMLOCK_SHIM": str(other)})

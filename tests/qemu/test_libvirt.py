@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +66,31 @@ def test_a_vm_of_libvirts(domain: Domain) -> None:
         domain.check_unharmed()
     virsh("destroy", domain.name)
     wait_gone(domain.pid)
+
+
+@pytest.mark.parametrize("domain", ["q35"], indirect=True)
+def test_in_libvirts_monitor(domain: Domain) -> None:
+    """libvirt's own client code sets and asks."""
+
+    def ask(command: str, **arguments: object) -> dict[str, Any]:
+        request = json.dumps({"execute": command, "arguments": arguments})
+        reply: dict[str, Any] = json.loads(virsh("qemu-monitor-command", domain.name, request))
+        return reply
+
+    assert ask("query-ram-minguarantee")["error"]["class"] == "CommandNotFound"
+    result = ramlock("inject", "--vm", domain.name, "--monitor")
+    assert result.returncode == 0, result.stderr
+    assert ask("set_ram_minguarantee", size=SIZE)["return"] == {}
+    assert ramlock("status", "--vm", domain.name).returncode == 0
+    deadline = time.monotonic() + 60
+    while (reply := ask("query-ram-minguarantee")["return"])["state"] != "idle":
+        assert time.monotonic() < deadline, reply
+    domain.check_holds(SIZE)
+    assert "error" in ask("set_ram_minguarantee", size=2 * MEMORY)
+    domain.check_holds(SIZE)
+    assert ramlock("eject", "--vm", domain.name).returncode == 0
+    assert ask("query-ram-minguarantee")["error"]["class"] == "CommandNotFound"
+    domain.check_unharmed()
 
 
 def test_the_limit_of_locked_memory(domain: Domain) -> None:

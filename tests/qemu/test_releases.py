@@ -20,6 +20,7 @@ from tests.conftest import absent
 from tests.qemu import truth
 from tests.qemu.conftest import assert_holds, ramlock
 from tests.qemu.guest import MIB, ROOT, SHIM, Guest
+from tests.qemu.monitor import MonitorError
 from tests.qemu.test_layout import unplug
 from tests.qemu.test_locate import hosts
 
@@ -141,6 +142,32 @@ def test_memory_that_comes_and_goes(release: Path) -> None:
         assert truth.vm_lck(guest.pid) == 320 * MIB
         with guest.shim() as shim:
             assert sorted(block["id"] for block in shim.execute("query-ram-blocks")) == ["more", "pc.ram"]
+        guest.check_unharmed()
+
+
+def test_in_qemus_own_monitor(release: Path) -> None:
+    """The functions that this takes have changed over time."""
+    with foreign(release, proc=True) as guest:
+        for _ in range(2):
+            result = ramlock("inject", "--pid", guest.pid, "--monitor", "--json")
+            assert result.returncode == 0, result.stderr
+            guest._socket = json.loads(result.stdout)["socket"]
+            assert guest.monitor.execute("set_ram_minguarantee", {"size": SIZE}) == {}
+            guest.settle()
+            assert guest.monitor.execute("query-ram-minguarantee") == guest.query()
+            assert_holds(guest, SIZE)
+            errors = []
+            for command, argument in (("set_ram_minguarantee", "size"), ("balloon", "value")):
+                for arguments in ({}, {argument: "x"}, {argument: 1, "more": {"a": [None, 1.5]}}):
+                    with pytest.raises(MonitorError) as error:
+                        guest.monitor.execute(command, arguments)
+                    errors.append((error.value.kind, error.value.desc.replace(f"'{argument}'", "it")))
+            assert errors[:3] == errors[3:]
+            assert ramlock("eject", "--pid", guest.pid).returncode == 0
+            with pytest.raises(MonitorError):
+                guest.monitor.execute("query-ram-minguarantee")
+            names = {entry["name"] for entry in guest.monitor.execute("query-commands")}
+            assert "set_ram_minguarantee" not in names
         guest.check_unharmed()
 
 

@@ -70,6 +70,7 @@ static void clear(void)
 	unsetenv("RAMLOCK_HOLD_BUDGET");
 	unsetenv("RAMLOCK_THREADS");
 	unsetenv("RAMLOCK_FOLLOW_DISCARDS");
+	unsetenv("RAMLOCK_MONITOR");
 	unsetenv("RAMLOCK_HOST_RESERVE");
 	unsetenv("RAMLOCK_SOCKET");
 	unsetenv("RAMLOCK_ALLOW_UID");
@@ -105,6 +106,7 @@ static void the_environment_is_understood(void)
 	setenv("RAMLOCK_HOLD_BUDGET", "250", 1);
 	setenv("RAMLOCK_THREADS", "16", 1);
 	setenv("RAMLOCK_FOLLOW_DISCARDS", "1", 1);
+	setenv("RAMLOCK_MONITOR", "1", 1);
 	setenv("RAMLOCK_HOST_RESERVE", "2G", 1);
 	setenv("RAMLOCK_SOCKET", "/run/x.sock", 1);
 	setenv("RAMLOCK_ALLOW_UID", "1000", 1);
@@ -112,6 +114,7 @@ static void the_environment_is_understood(void)
 	CHECK_EQ(guarantee_resolve(&c.guarantee, 0), 1 << 30);
 	CHECK_EQ(c.host_reserve, 2LL << 30);
 	CHECK(c.follow_discards);
+	CHECK(c.monitor);
 	CHECK_EQ(c.order, ORDER_ADDRESS);
 	CHECK(!c.prefault);
 	CHECK_EQ(c.hold_budget_us, 250);
@@ -136,6 +139,7 @@ static void mistakes_are_told_and_left_out(void)
 	setenv("RAMLOCK_HOLD_BUDGET", "49", 1);
 	setenv("RAMLOCK_THREADS", "17", 1);
 	setenv("RAMLOCK_FOLLOW_DISCARDS", "yes", 1);
+	setenv("RAMLOCK_MONITOR", "yes", 1);
 	setenv("RAMLOCK_HOST_RESERVE", "50%", 1);
 	setenv("RAMLOCK_SOCKET", path, 1);
 	setenv("RAMLOCK_ALLOW_UID", "-1", 1);
@@ -152,7 +156,9 @@ static void mistakes_are_told_and_left_out(void)
 	CHECK_CONTAINS(warnings, "RAMLOCK_HOLD_BUDGET");
 	CHECK_CONTAINS(warnings, "RAMLOCK_THREADS");
 	CHECK(!c.follow_discards);
+	CHECK(!c.monitor);
 	CHECK_CONTAINS(warnings, "RAMLOCK_FOLLOW_DISCARDS");
+	CHECK_CONTAINS(warnings, "RAMLOCK_MONITOR");
 	CHECK_CONTAINS(warnings, "RAMLOCK_HOST_RESERVE");
 	CHECK_CONTAINS(warnings, "RAMLOCK_SOCKET");
 	CHECK_CONTAINS(warnings, "RAMLOCK_ALLOW_UID");

@@ -10,11 +10,14 @@
 enum { MIB = 1 << 20 };
 
 static struct locker locker;
+static struct locker_status status;
+static int news;
 static char text[SHORT_TEXT];
 
 static void note(void *opaque)
 {
 	(void)opaque;
+	news++;
 }
 
 static int set(uint64_t size)
@@ -80,4 +83,55 @@ static void the_limit_counts_what_is_locked(void)
 	end();
 }
 
-CHECK_MAIN(CASE(devices_keep_their_share_of_the_limit), CASE(the_limit_counts_what_is_locked))
+static void who_leaves_takes_no_wish(void)
+{
+	begin();
+	CHECK_EQ(set(2 * MIB), 0);
+	locker_close(&locker, true);
+	CHECK_EQ(set(3 * MIB), -ESHUTDOWN);
+	CHECK_CONTAINS(text, "leaving");
+	locker_query(&locker, &status);
+	CHECK_EQ(status.requested, 2 * MIB);
+	CHECK_EQ(set(0), 0);
+	CHECK_EQ(set(3 * MIB), -ESHUTDOWN);
+	locker_close(&locker, false);
+	CHECK_EQ(set(3 * MIB), 0);
+	end();
+}
+
+static void peek(uint64_t locked)
+{
+	news = 0;
+	locker_peek(&locker, &status);
+	CHECK_EQ(status.armed, 3 * MIB);
+	CHECK_EQ(status.locked, locked);
+	CHECK_EQ(news, locker.books.on_fault.total > 0); /* it is to be counted by another thread */
+}
+
+/* Nothing is mapped where guest RAM is said to be, so that a count finds nothing; what it found is put in its place here. */
+static void a_peek_counts_no_page(void)
+{
+	const struct range held = { 64 * MIB, 67 * MIB }, on_fault = { 65 * MIB, 67 * MIB };
+
+	begin();
+	put("proc/self/status", "CapEff:\t0000000000000000\nVmLck:\t    3072 kB\n");
+	CHECK_EQ(extents_add(&locker.books.held, held), 0);
+	peek(3 * MIB);
+	CHECK_EQ(extents_add(&locker.books.on_fault, on_fault), 0);
+	peek(1 * MIB);
+	CHECK_EQ(locker_take_events(&locker, &status), LOCKER_COUNT);
+	CHECK_EQ(locker.counted.absent[0], 2 * MIB);
+	CHECK_EQ(locker.counted.of[0], 2 * MIB);
+	locker.counted.absent[0] = MIB / 2;
+	peek(5 * MIB / 2);
+	locker.counted.of[0] = 3 * MIB / 2; /* half a MiB was locked since then: it may be absent */
+	peek(2 * MIB);
+	extents_remove(&locker.books.on_fault, (struct range){ 65 * MIB, 66 * MIB + 3 * MIB / 4 });
+	peek(3 * MIB - MIB / 4);
+	locker.counted.generation++; /* of another guarantee */
+	peek(3 * MIB - MIB / 4);
+	end();
+}
+
+CHECK_MAIN(CASE(devices_keep_their_share_of_the_limit), CASE(the_limit_counts_what_is_locked),
+	   CASE(who_leaves_takes_no_wish), CASE(a_peek_counts_no_page))

@@ -24,7 +24,7 @@ FLOORS = [
     {"launch", "guarantee", "detour", "place", "road", "ramlist"},
     {"admission", "vms", "inject", "kept", "memfd", "mapsource"},
     {"locate"},
-    {"eject", "preflight", "tell"},
+    {"eject", "monitor", "preflight", "tell"},
     {"doctor", "install", "survey"},
     {"api", "metrics"},
     {"reconcile"},

@@ -27,7 +27,7 @@ def test_the_shim_stands_in_front() -> None:
 
 def test_options_go_into_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    options = Options(parse_size("1G"), "address", False, Path("s"), 1000, 250, 4, follow_discards=True)
+    options = Options(parse_size("1G"), "address", False, Path("s"), 1000, 250, 4, follow_discards=True, monitor=True)
     environ = launch.shim_environ({"A": "b"}, LIBRARY, options)
     assert environ == {
         "A": "b",
@@ -40,6 +40,7 @@ def test_options_go_into_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
         "RAMLOCK_HOLD_BUDGET": "250",
         "RAMLOCK_THREADS": "4",
         "RAMLOCK_FOLLOW_DISCARDS": "1",
+        "RAMLOCK_MONITOR": "1",
     }
 
 

@@ -139,6 +139,11 @@ follow_discards_option = click.option(
     is_flag=True,
     help="Go along when the guest gives memory back (balloon, virtio-mem): the guarantee moves to other pages.",
 )
+monitor_option = click.option(
+    "--monitor",
+    is_flag=True,
+    help="Offer set_ram_minguarantee and query-ram-minguarantee in QEMU's own QMP monitor too.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the shim's reply as JSON; sizes in bytes.")
 
 

@@ -13,13 +13,14 @@ from ramlock.commands.common import (
     follow_discards_option,
     force_option,
     lock_options,
+    monitor_option,
     one_vm_options,
     read_seconds,
     read_size,
     which_pid,
 )
 from ramlock.deadline import Deadline
-from ramlock.errors import Refused
+from ramlock.errors import NoMonitor, Refused
 from ramlock.sizes import Size, format_size
 from ramlock.vms import Selector
 
@@ -39,6 +40,7 @@ def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None
 @click.option("--allow-uid", type=click.IntRange(0, 2**32 - 2), metavar="UID", help="Another user who may set it.")
 @lock_options
 @follow_discards_option
+@monitor_option
 @click.option("--wait/--no-wait", default=True, help="Wait until the guarantee is locked (default), or return at once.")
 @click.option(
     "--timeout",
@@ -75,6 +77,7 @@ def command(
     threads: int | None,
     host_reserve: int | None,
     follow_discards: bool,
+    monitor: bool,
     wait: bool,
     timeout: float,
     allow_seccomp: bool,
@@ -111,9 +114,11 @@ def command(
         allow_seccomp=allow_seccomp,
         allow_probable=allow_probable,
         follow_discards=follow_discards,
+        monitor=monitor,
     )
     with VM(Selector(pid=target)).injected(options) as (session, outcome):
         now: Any = None
+        offered = _offer_monitor(found) if monitor else None
         if size is not None:
             from ramlock.commands.set import place_and_follow
 
@@ -125,7 +130,9 @@ def command(
             wish = guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve)
             now = place_and_follow(session, wish, Deadline(None), wait=wait, patient=False, force=force)
         if as_json:
-            emit_json(_json(outcome))
+            extra = {} if offered is None else {"monitor": offered is True}
+            emit_json(_json(outcome) | extra)
+            _require(offered)
             return
         emit(f"{session.label}: {_words(outcome)}")
         emit(f"socket: {outcome.socket}")
@@ -135,6 +142,25 @@ def command(
             emit(f"locked by a former shim and not taken over: {outcome.unadopted}")
         if now is not None:
             emit(f"guarantee: {format_size(now.requested)}, {format_size(now.locked)} locked")
+        _require(offered)
+        if offered is not None:
+            when = "offers the commands" if offered else "will offer the commands when the VM has been set up"
+            emit(f"QEMU's monitor: {when}")
+
+
+def _offer_monitor(found: vms.Vm) -> bool | NoMonitor:
+    """Have QEMU's monitor offer the commands; that it cannot is told when all else is done."""
+    from ramlock.monitor import offer
+
+    try:
+        return offer(found)
+    except NoMonitor as error:
+        return error
+
+
+def _require(offered: bool | NoMonitor | None) -> None:
+    if isinstance(offered, NoMonitor):
+        raise offered
 
 
 def _json(outcome: Any) -> dict[str, Any]:

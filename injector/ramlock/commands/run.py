@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from ramlock.commands.common import SOCKET_PATH, follow_discards_option, force_option, lock_options, read_size
+from ramlock.commands.common import (
+    SOCKET_PATH,
+    follow_discards_option,
+    force_option,
+    lock_options,
+    monitor_option,
+    read_size,
+)
 from ramlock.sizes import Size
 
 
@@ -24,6 +31,7 @@ from ramlock.sizes import Size
 @lock_options
 @follow_discards_option
 @force_option
+@monitor_option
 @click.argument("qemu", nargs=-1, required=True, type=click.UNPROCESSED, metavar="QEMU [ARGS]...")
 def command(
     guarantee: Size | None,
@@ -36,6 +44,7 @@ def command(
     host_reserve: int | None,
     follow_discards: bool,
     force: bool,
+    monitor: bool,
     qemu: tuple[str, ...],
 ) -> None:
     """Start QEMU with the shim in it.
@@ -64,7 +73,17 @@ def command(
     from ramlock import launch  # takes pyelftools, which --help need not
 
     options = launch.Options(
-        guarantee, order, prefault, socket, allow_uid, hold_budget, threads, host_reserve, follow_discards, force
+        guarantee,
+        order,
+        prefault,
+        socket,
+        allow_uid,
+        hold_budget,
+        threads,
+        host_reserve,
+        follow_discards,
+        force=force,
+        monitor=monitor,
     )
     ready = launch.prepare(qemu, options, launch.own_environ(os.environ))
     for warning in ready.warnings:
