@@ -97,7 +97,7 @@ def test_run(guest: Guest) -> None:
         ((SET, {"size": 1, "more": 2}), ("balloon", {"value": 1, "more": 2})),
         ((SET, {"size": 1, "m\u00f6re": "\ud83d\ude00"}), ("balloon", {"value": 1, "m\u00f6re": "\ud83d\ude00"})),
         ((SET, {"all": 1}), ("set_link", {"name": "x", "up": 1})),
-        ((SET, {"order": 1}), ("human-monitor-command", {"command-line": 1})),
+        ((SET, {"size": 0, "order": 1}), ("human-monitor-command", {"command-line": 1})),
         ((QUERY, {"more": 1}), ("query-status", {"more": 1})),
     ],
 )

@@ -118,7 +118,7 @@ def command(
     )
     with VM(Selector(pid=target)).injected(options) as (session, outcome):
         now: Any = None
-        offered = _offer_monitor(found) if monitor else None
+        offered = _offer_monitor(session.vm) if monitor else None
         if size is not None:
             from ramlock.commands.set import place_and_follow
 
@@ -148,12 +148,12 @@ def command(
             emit(f"QEMU's monitor: {when}")
 
 
-def _offer_monitor(found: vms.Vm) -> bool | NoMonitor:
+def _offer_monitor(vm: vms.Vm) -> bool | NoMonitor:
     """Have QEMU's monitor offer the commands; that it cannot is told when all else is done."""
     from ramlock.monitor import offer
 
     try:
-        return offer(found)
+        return offer(vm)
     except NoMonitor as error:
         return error
 
