@@ -51,6 +51,8 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def command(names: tuple[str, ...], interval: float) -> None:
     """Watch what is locked, as it happens.
 
+    Examples:
+
     \b
     All VMs of this host, until Ctrl-C:
       ramlock watch
