@@ -122,7 +122,7 @@ linted: lint-shim
 	@$(VENV)/bin/ruff check $(PYTHON_CODE)
 	@$(VENV)/bin/ruff format --check $(PYTHON_CODE)
 	@$(VENV)/bin/mypy --strict injector/ramlock
-	@$(VENV)/bin/mypy --strict tests/conftest.py tests/test_make.py tests/test_kernel_facts.py tests/qemu tests/packaging packaging examples benchmarks
+	@$(VENV)/bin/mypy --strict tests/conftest.py tests/pages.py tests/test_make.py tests/test_kernel_facts.py tests/qemu tests/packaging packaging examples benchmarks
 
 SIZE ?= 8G
 .PHONY: bench

@@ -101,7 +101,9 @@ def executes(text: str) -> Iterator[dict[str, Any]]:
 def anchors(page: Path) -> set[str]:
     """The anchors that a page's headings have on GitHub and elsewhere."""
     headings = re.findall(r"^#+ +(.*?) *$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M), re.M)
-    return {re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", h).lower()).replace(" ", "-") for h in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", h).lower()).replace(" ", "-") for h in headings
+    }
 
 
 def links(page: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.pages import table
 from tests.qemu.guest import MIB, ROOT, Guest
 from tests.qemu.monitor import Monitor, MonitorError
 
@@ -17,18 +18,9 @@ PAGE = (ROOT / "docs/protocol.md").read_text()
 SOMETIMES = {"left-out", "eta-s", "memlock-limit", "short", "launch-error", "waiting", "started-ns"}
 
 
-def table(heading: str) -> dict[str, list[str]]:
-    """The rows of the first table below a heading: the name in the first column, and the other columns."""
-    text = PAGE.split(f"\n{heading}\n", 1)[1]
-    rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert rows
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in rows.group().splitlines()[2:]]
-    return {name.strip("`"): rest for names, *rest in cells for name in names.split(", ")}
-
-
-COMMANDS = table("## Commands")
-MEMBERS = table("### `query-ram-minguarantee`")
-EVENTS = table("## Events")
+COMMANDS = table(PAGE, "## Commands")
+MEMBERS = table(PAGE, "### `query-ram-minguarantee`")
+EVENTS = table(PAGE, "## Events")
 
 
 @pytest.fixture(scope="module")
