@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -222,6 +223,32 @@ def test_a_namespace_of_its_own_gets_its_folder(reachable: Path) -> None:
         place.remove(target)
         assert not folder.exists()
     assert (os.geteuid(), os.getegid(), os.getgroups()) == us
+
+
+def test_who_waits_there_takes_no_rights_from_others(nobodys: procfs.Process) -> None:
+    """A file system of the target's own may let a thread of the daemon wait without end, while others go on."""
+    entered, leave = threading.Event(), threading.Event()
+    us = os.geteuid(), os.getegid(), os.getgroups()
+    seen = []
+
+    def wait() -> None:
+        with place._acting(place._Who(65534, 65534)):
+            seen.append((os.geteuid(), os.getegid(), os.getgroups()))
+            entered.set()
+            leave.wait(60)
+        seen.append((os.geteuid(), os.getegid(), os.getgroups()))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        assert entered.wait(60)
+        assert (os.geteuid(), os.getegid(), os.getgroups()) == us
+        place.prepare(nobodys, place.choose(nobodys, None), shared=False)
+        place.remove(nobodys)
+    finally:
+        leave.set()
+        thread.join(60)
+    assert seen == [(65534, 65534, []), us]
 
 
 def test_a_folder_that_is_there_is_not_given_away(nobodys: procfs.Process) -> None:
