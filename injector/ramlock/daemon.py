@@ -78,7 +78,7 @@ class Daemon:
     def __init__(self, path: Path, notifier: Notifier, say: Callable[[str], None], every: float = EVERY) -> None:
         """Read the policy; `say` gets a line for each change and each failure. Raises PolicyError."""
         self._path, self._notifier, self._say, self._every = path, notifier, say, every
-        self._signature = _signature(path)
+        self._signature = self._seen = _signature(path)
         self._policy = policy.load(path)
         self._later = _Later()
         self._impossible = ""
@@ -107,11 +107,16 @@ class Daemon:
         self._notifier.tell(WATCHDOG=1)
 
     def _reread(self) -> bool:
-        """Read the policy if it has changed. One that cannot be read changes nothing: the former stays in force."""
-        signature = _signature(self._path)
+        """Read the policy if it has changed. One that cannot be read changes nothing: the former stays in force.
+
+        One that is still being written can be a whole one that says something else, so it has to stay the same for
+        one round.
+        """
+        before, self._seen = self._seen, _signature(self._path)
+        signature = self._seen
         asked = self.reload.is_set()
         self.reload.clear()
-        if signature == self._signature and not asked:
+        if not asked and (signature == self._signature or signature != before):
             return False
         self._signature = signature
         try:

@@ -83,7 +83,7 @@ def parse(text: str, where: str = "the policy") -> Policy:
     """Read a policy. Raises PolicyError, which names the line."""
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         what = printable(str(error), 200)
         raise PolicyError(f"{where} is not TOML: {what}", f"mend that place; a table is {_EXAMPLE}") from None
     _known(data, _TOP, where, text, None)

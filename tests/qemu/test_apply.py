@@ -113,6 +113,8 @@ def test_a_bad_policy_is_told_by_its_line(file: File) -> None:
     assert_refused(result, 2)
     assert "line 2" in result.stderr
     assert_refused(ramlock("apply", file.path.with_name("none")), 2)
+    file.path.write_text("")  # what is left of one that was written to a full disk
+    assert_refused(ramlock("apply", "--prune", "--dry-run", file.path), 2)
 
 
 def test_a_stopped_vm_does_not_keep_others_from_theirs(file: File, guests: tuple[Guest, Guest]) -> None:

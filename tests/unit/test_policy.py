@@ -92,6 +92,7 @@ def test_none_counts() -> None:
         ('host-reserve = "all"\n', "takes bytes"),
         ('[vm."e\\u001b[2J"]\n', "e\\x1b[2J"),
         ("[" * 100_000, "not TOML"),
+        ("[vm.web]\nguarantee = " + "9" * 5000, "not TOML"),
     ],
 )
 def test_a_bad_one_names_its_place(text: str, says: str) -> None:

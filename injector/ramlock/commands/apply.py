@@ -9,7 +9,7 @@ import click
 from ramlock import policy, reconcile, survey
 from ramlock.commands.common import emit, read_seconds
 from ramlock.deadline import Deadline
-from ramlock.errors import Interrupted, NoPermission, RamlockError, VmGone
+from ramlock.errors import Interrupted, NoPermission, RamlockError, UsageError, VmGone
 from ramlock.policy import Plan, Step
 from ramlock.reconcile import Host
 from ramlock.sizes import format_size
@@ -56,6 +56,11 @@ def command(file: Path, dry_run: bool, prune: bool, wait: bool, timeout: float) 
     when the policy lists their users: uids = [1000].
     """
     rules = policy.load(file)
+    if prune and not rules.rules:
+        raise UsageError(
+            f"{printable(str(file))} names no VM, so --prune would take the guarantee from every VM of this host",
+            """is it the right file, and whole? if that is meant, say  [vm."*"]  guarantee = "0\"""",
+        )
     now = reconcile.look(rules)
     plan = reconcile.plan(rules, now, prune=prune)
     for line in lines(plan, now):
