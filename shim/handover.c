@@ -29,7 +29,7 @@ static void give(struct commands *c, struct qmp_reply *r)
 
 	if (c->halt(c->opaque)) {
 		c->eject = false;
-		locker_close(c->locker, false);
+		locker_reopen(c->locker);
 		qmp_fail(r, NULL, "[busy] the lock thread is in a step that takes long: try again");
 		return;
 	}
@@ -55,23 +55,20 @@ static void give(struct commands *c, struct qmp_reply *r)
 /* Answers first; the shim leaves when the guarantee has been released, or at once with "keep". */
 void ramlock_eject(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
 {
-	const struct wish none = { .prefault = true };
-	struct json_object *keep = NULL;
-	char text[SHORT_TEXT];
+	struct json_object *o = NULL;
+	bool keep;
 
-	json_object_object_get_ex(arguments, "keep", &keep);
+	keep = json_object_object_get_ex(arguments, "keep", &o) && json_object_get_boolean(o);
 	if (c->eject) {
 		qmp_fail(r, NULL, "the shim is leaving already");
 		return;
 	}
 	c->eject = true;
-	locker_close(c->locker, true);
-	if (keep && json_object_get_boolean(keep)) {
+	locker_close(c->locker, !keep);
+	if (keep)
 		give(c, r);
-		return;
-	}
-	locker_set(c->locker, &none, text); /* nothing is never refused */
-	r->value = json_object_new_object();
+	else
+		r->value = json_object_new_object();
 }
 
 /* Reads [[start, size], ...]; a missing list is an empty one. */
@@ -148,13 +145,12 @@ void ramlock_adopt(struct commands *c, struct json_object *arguments, struct qmp
 	}
 	json_object_object_get_ex(arguments, "books", &books);
 	json_object_object_get_ex(arguments, "wish", &wish_object);
+	memset(b, 0, sizeof(*b));
 	if (!read_wish(wish_object, &wish) || !read_extents(books, "held", &b->held) ||
 	    !read_extents(books, "foreign", &b->foreign) || !read_extents(books, "on-fault", &b->on_fault)) {
 		qmp_fail(r, NULL, "Parameters 'books' and 'wish' expect what ramlock-eject returned");
 		return;
 	}
-	memcpy(b->history, b->held.v, b->held.n * sizeof(b->held.v[0])); /* the order of locking is lost */
-	b->n_history = b->held.n;
 	c->look_now(c->opaque, true);
 	err = locker_adopt(c->locker, b, &wish);
 	if (err)

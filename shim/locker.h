@@ -67,8 +67,8 @@ struct locker {
 	void *opaque;
 
 	bool stop; /* the thread is to end */
-	bool closed; /* no guarantee is taken any more */
 	bool ended; /* it has */
+	bool closed; /* no wish is taken any more */
 	struct wish wish;
 	uint64_t generation; /* counts wishes */
 	char launch_error[SHORT_TEXT]; /* why the wish of the launch was not set; empty: it was, or another one has been since */
@@ -137,8 +137,11 @@ void *locker_run(void *arg);
  */
 int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT]);
 
-/* From now on only a wish for nothing is taken, from whichever thread; or again any, if not @closed. */
-void locker_close(struct locker *l, bool closed);
+/* From now on no wish is taken, from whichever thread; what is held stays, or with @release is wished for no more. */
+void locker_close(struct locker *l, bool release);
+
+/* Takes wishes again. */
+void locker_reopen(struct locker *l);
 
 /* Sets the wish from before guest RAM was known: not refused, but short while it cannot be. @error is why it is not what was asked for, or "". */
 void locker_set_launch(struct locker *l, const struct wish *wish, const char *error);
@@ -173,7 +176,7 @@ bool locker_is_released(struct locker *l);
  */
 int locker_stop(struct locker *l);
 
-/* What is held and wished for. Only after the thread has ended. */
+/* What is held and wished for. Only after the thread has ended, and locker_close(). */
 void locker_give(struct locker *l, struct books *books, struct wish *wish);
 
 /*
@@ -185,6 +188,9 @@ int locker_adopt(struct locker *l, const struct books *books, const struct wish 
 
 /* Whether something of @r may be locked by us. */
 bool locker_holds(struct locker *l, struct range r);
+
+/* Whether guest RAM is known: locker_set_layout() was called. */
+bool locker_knows_ram(struct locker *l);
 
 /* Whether there is a guarantee above 0. */
 bool locker_has_guarantee(struct locker *l);

@@ -27,12 +27,12 @@ static int check_wish(const struct locker *l, const struct wish *w, uint64_t lim
 	uint64_t want = w->all ? l->layout.total : w->lock_ram_size;
 	uint64_t counted, others, kept, need;
 
-	if (!want)
-		return 0;
 	if (l->closed) {
 		snprintf(text, SHORT_TEXT, "the shim is leaving");
 		return -ESHUTDOWN;
 	}
+	if (!want)
+		return 0;
 	if (!l->known) {
 		snprintf(text, SHORT_TEXT, "guest RAM is not known yet");
 		return -EAGAIN;
@@ -124,10 +124,21 @@ int locker_set(struct locker *l, const struct wish *wish, char text[SHORT_TEXT])
 	return err;
 }
 
-void locker_close(struct locker *l, bool closed)
+void locker_close(struct locker *l, bool release)
+{
+	const struct wish none = { .prefault = true };
+
+	pthread_mutex_lock(&l->mutex);
+	l->closed = true;
+	if (release)
+		accept_wish(l, &none);
+	pthread_mutex_unlock(&l->mutex);
+}
+
+void locker_reopen(struct locker *l)
 {
 	pthread_mutex_lock(&l->mutex);
-	l->closed = closed;
+	l->closed = false;
 	pthread_mutex_unlock(&l->mutex);
 }
 
@@ -240,6 +251,16 @@ bool locker_holds(struct locker *l, struct range r)
 	return yes;
 }
 
+bool locker_knows_ram(struct locker *l)
+{
+	bool known;
+
+	pthread_mutex_lock(&l->mutex);
+	known = l->known;
+	pthread_mutex_unlock(&l->mutex);
+	return known;
+}
+
 bool locker_has_guarantee(struct locker *l)
 {
 	bool yes;
@@ -264,17 +285,21 @@ void locker_give(struct locker *l, struct books *books, struct wish *wish)
 {
 	struct step s = { .kind = STEP_LET_GO };
 
+	pthread_mutex_lock(&l->mutex);
 	/* What is no guest RAM is not handed over; the thread has ended, so it is unlocked here. */
 	while (locker_next_gone(l, &s.r)) {
 		struct outcome o;
 		uint64_t began = now_ns();
 
+		upkeep_begin_piece(l, s.r);
 		step_carry_out(&l->stepper, &s, &o);
-		extents_remove(&l->books.gone, s.r);
 		step_rest(&l->stepper, now_ns() - began);
+		upkeep_end_piece(l);
+		extents_remove(&l->books.gone, s.r);
 	}
 	*books = l->books;
 	*wish = l->wish;
+	pthread_mutex_unlock(&l->mutex);
 }
 
 /* Whether every range of @e consists of whole pages of one block of @layout, and of ranges of @within if given. */
