@@ -21,7 +21,8 @@
  */
 #include "monitor.h"
 
-#include <dlfcn.h>
+#include "lookup.h"
+
 #include <errno.h>
 #include <json-c/json.h>
 #include <pthread.h>
@@ -79,7 +80,7 @@ static struct entry own[COMMANDS] = {
 	[QUERY] = { .name = "query-ram-minguarantee", .mark = MARK },
 };
 
-/* The entries that QEMU has: our own, or those of a shim that was here before. Main thread. */
+/* The entries that QEMU has: our own, or those of a shim that was here before; NULL: not offered. With `serving`. */
 static struct entry *entries[COMMANDS];
 
 static pthread_mutex_t serving = PTHREAD_MUTEX_INITIALIZER; /* a command runs within it, so that one can wait for that */
@@ -87,8 +88,6 @@ static const struct qmp_server *server; /* NULL: the commands are not wanted */
 static bool exported; /* this QEMU has all that is needed */
 
 static enum { OFF, WAITING, ON, NOT_EXPORTED, TAKEN, STATES } state; /* with `serving` */
-
-#define LOOK_UP(symbol) (*(void **)(void *)&sym.symbol = dlsym(RTLD_DEFAULT, #symbol))
 
 void monitor_init(bool usable)
 {
@@ -271,6 +270,17 @@ int monitor_want(const struct qmp_server *s)
 	err = state == NOT_EXPORTED ? -ENOSYS : state == TAKEN ? -EEXIST : 0;
 	pthread_mutex_unlock(&serving);
 	return err;
+}
+
+bool monitor_is_offered(void)
+{
+	bool offered = false;
+
+	pthread_mutex_lock(&serving);
+	for (int i = 0; i < COMMANDS; i++)
+		offered |= entries[i] && atomic_load(&entries[i]->run) == runs[i];
+	pthread_mutex_unlock(&serving);
+	return offered;
 }
 
 const char *monitor_state(void)

@@ -19,6 +19,9 @@ int monitor_want(const struct qmp_server *server);
 /* Bottom half only, when the machine is complete: has QEMU's monitor know the commands if they are wanted, and else not. */
 void monitor_settle(void);
 
+/* Whether QEMU's monitor still has commands of ours. Any thread. */
+bool monitor_is_offered(void);
+
 /* "off", "waiting" (for the machine to be complete), "on", "not-exported" or "taken". */
 const char *monitor_state(void);
 

@@ -118,11 +118,10 @@ static bool may_leave(struct shim *s)
 /* Takes back all that was started, once the lock thread is no more; the object stays mapped, since QEMU's notifier and atfork handlers point into it. */
 static void eject(struct shim *s)
 {
-	if (!strcmp(monitor_state(), "on")) {
-		monitor_want(NULL);
-		look_and_wait(s); /* if QEMU's main loop is too busy now, it takes the commands away later */
-	}
 	monitor_want(NULL);
+	/* Twice, as a look may be under way that is past this. If QEMU's main loop is too busy now, it takes the commands away later. */
+	for (int i = 0; i < 2 && monitor_is_offered(); i++)
+		look_and_wait(s);
 	discards_unfollow();
 	pthread_mutex_lock(&s->binding);
 	control_unlink(&s->control);
@@ -145,12 +144,12 @@ static void *control_run(void *arg)
 		/* Not on QEMU's main thread: it takes a lookup in every library of QEMU for each symbol. */
 		qemu_init(&s->qemu);
 		s->commands.symbols = s->monitor_commands.symbols = s->qemu.symbols;
-		if (s->config.monitor)
-			monitor_want(&s->monitor_server);
 	}
 	stepper_open(&s->locker.stepper, "");
 	pushed_open(&s->pushed);
 	s->locker.maps = s->pushed.maps;
+	if (s->injected && s->config.monitor)
+		monitor_want(&s->monitor_server); /* from here on commands may run, if a former shim's are still there */
 	pthread_mutex_lock(&s->binding);
 	if (!s->leaving)
 		err = control_bind(&s->control, shim_warn); /* without a socket a launch guarantee still holds */
