@@ -152,14 +152,20 @@ static void blocks_that_cannot_be(void)
 static struct pushed pushed;
 static char text[PUSHED_TEXT];
 
-/* @size bytes of @fd (-1: anonymous) at a multiple of 2 MiB, with a guard behind, as QEMU maps RAM. */
+/*
+ * @size bytes of @fd (-1: anonymous) at a multiple of 2 MiB, with one page behind that has no rights, as QEMU maps RAM. More than
+ * a page may end, by chance, where a malloc() arena does.
+ */
 static struct range map_like_qemu(size_t size, int fd, int flags)
 {
-	char *p = mmap(NULL, size + 2 * HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	char *at = p + (HUGE - (uintptr_t)p % HUGE) % HUGE;
+	const size_t all = size + 2 * HUGE;
+	char *p = mmap(NULL, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	char *at = p + (HUGE - (uintptr_t)p % HUGE) % HUGE, *end = at + size + PAGE;
 
 	if (p == MAP_FAILED ||
 	    mmap(at, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED | (fd < 0 ? MAP_ANONYMOUS : 0), fd, 0) == MAP_FAILED)
+		abort();
+	if ((at > p && munmap(p, (size_t)(at - p))) || munmap(end, (size_t)(p + all - end)))
 		abort();
 	return (struct range){ (uint64_t)(uintptr_t)at, (uint64_t)(uintptr_t)at + size };
 }
