@@ -6,9 +6,9 @@
  */
 #include "backends.h"
 
+#include "lookup.h"
 #include "virtio_mem.h"
 
-#include <dlfcn.h>
 #include <string.h>
 
 typedef struct Object Object;
@@ -32,8 +32,6 @@ static struct {
 	void *(*memory_region_get_ram_discard_manager)(MemoryRegion *); /* from 6.1 */
 	_Bool (*memory_region_has_guest_memfd)(MemoryRegion *); /* from 9.0 */
 } sym;
-
-#define LOOK_UP(name) (*(void **)(void *)&sym.name = dlsym(RTLD_DEFAULT, #name))
 
 void backends_init(void)
 {

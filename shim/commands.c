@@ -19,17 +19,46 @@ struct command {
 	struct argument arguments[ARGUMENTS_MAX + 1]; /* ends with an empty one */
 };
 
-static void set_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+/* Changes what @arguments say of @wish. Returns false with an error in @r. */
+static bool change_wish(struct json_object *arguments, struct wish *wish, struct qmp_reply *r)
 {
 	struct json_object *size = NULL, *all = NULL, *order = NULL, *prefault = NULL;
-	struct wish wish;
-	char text[SHORT_TEXT] = "";
-	int err;
 
 	json_object_object_get_ex(arguments, "size", &size);
 	json_object_object_get_ex(arguments, "all", &all);
 	json_object_object_get_ex(arguments, "order", &order);
 	json_object_object_get_ex(arguments, "prefault", &prefault);
+
+	wish->all = all && json_object_get_boolean(all);
+	if (wish->all && size)
+		qmp_fail(r, NULL, "Parameters 'size' and 'all' are mutually exclusive");
+	else if (!wish->all && !size)
+		qmp_fail(r, NULL, "Parameter 'size' is missing");
+	else if (size && json_object_get_int64(size) < 0)
+		qmp_fail(r, NULL, "Parameter 'size' expects a non-negative number of bytes");
+	else if (order && !read_order(json_object_get_string(order), &wish->order))
+		qmp_fail(r, NULL, "Parameter 'order' does not accept value '%s'", json_object_get_string(order));
+	else if (!read_number(arguments, "hold-budget", HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &wish->hold_budget_us))
+		qmp_fail(r, NULL, "Parameter 'hold-budget' expects a number of microseconds from %d to %d",
+			 HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US);
+	else if (!read_number(arguments, "threads", 1, THREADS_MAX, &wish->threads))
+		qmp_fail(r, NULL, "Parameter 'threads' expects a number from 1 to %d", THREADS_MAX);
+	else if (!read_size(arguments, "host-reserve", &wish->host_reserve))
+		qmp_fail(r, NULL, "Parameter 'host-reserve' expects a non-negative number of bytes");
+	else {
+		wish->lock_ram_size = json_object_get_uint64(size);
+		if (prefault)
+			wish->prefault = json_object_get_boolean(prefault);
+		return true;
+	}
+	return false;
+}
+
+static void set_ram_minguarantee(struct commands *c, struct json_object *arguments, struct qmp_reply *r)
+{
+	struct wish wish;
+	char text[SHORT_TEXT] = "";
+	int err;
 
 	if (c->eject) {
 		qmp_fail(r, NULL, "the shim is leaving");
@@ -38,53 +67,18 @@ static void set_ram_minguarantee(struct commands *c, struct json_object *argumen
 	c->look_now(c->opaque, true);
 	read_status(c);
 	wish = c->status.wish;
-	wish.all = all && json_object_get_boolean(all);
-	if (wish.all && size) {
-		qmp_fail(r, NULL, "Parameters 'size' and 'all' are mutually exclusive");
+	if (!change_wish(arguments, &wish, r))
 		return;
-	}
-	if (!wish.all && !size) {
-		qmp_fail(r, NULL, "Parameter 'size' is missing");
-		return;
-	}
-	if (size && json_object_get_int64(size) < 0) {
-		qmp_fail(r, NULL, "Parameter 'size' expects a non-negative number of bytes");
-		return;
-	}
-	wish.lock_ram_size = json_object_get_uint64(size);
-	if (order && !read_order(json_object_get_string(order), &wish.order)) {
-		qmp_fail(r, NULL, "Parameter 'order' does not accept value '%s'", json_object_get_string(order));
-		return;
-	}
-	if (prefault)
-		wish.prefault = json_object_get_boolean(prefault);
-	if (!read_number(arguments, "hold-budget", HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US, &wish.hold_budget_us)) {
-		qmp_fail(r, NULL, "Parameter 'hold-budget' expects a number of microseconds from %d to %d",
-			 HOLD_BUDGET_MIN_US, HOLD_BUDGET_MAX_US);
-		return;
-	}
-	if (!read_number(arguments, "threads", 1, THREADS_MAX, &wish.threads)) {
-		qmp_fail(r, NULL, "Parameter 'threads' expects a number from 1 to %d", THREADS_MAX);
-		return;
-	}
-
-	if (!read_size(arguments, "host-reserve", &wish.host_reserve)) {
-		qmp_fail(r, NULL, "Parameter 'host-reserve' expects a non-negative number of bytes");
-		return;
-	}
-
 	err = locker_set(c->locker, &wish, text);
-	if (err == -ESHUTDOWN) {
+	if (!err) {
+		r->value = json_object_new_object();
+	} else if (err == -ESHUTDOWN) {
 		qmp_fail(r, NULL, "%s", text);
-		return;
-	}
-	if (err) {
+	} else {
 		const char *word = err == -ERANGE ? "range" : err == -EPERM ? "rlimit" : err == -ENODEV ? "no-ram" : "waiting";
 
 		qmp_fail(r, NULL, "[%s] %s", word, text);
-		return;
 	}
-	r->value = json_object_new_object();
 }
 
 /* Offers set_ram_minguarantee and query-ram-minguarantee in QEMU's own monitor too. */

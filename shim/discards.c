@@ -21,6 +21,7 @@
 
 #include "followed.h"
 #include "got.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -105,7 +106,7 @@ static void unlock_chunks(struct range r)
 		if (part.start >= part.end)
 			continue;
 		followed_mark(f, FOLLOWED_UNLOCKED, part, true);
-		syscall(SYS_munlock, part.start, range_size(part));
+		sys_munlock(part);
 	}
 }
 

@@ -12,9 +12,7 @@
 
 #include "discards.h"
 #include "locker_inside.h"
-
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "syscalls.h"
 
 enum { RUNS_MAX = 128, AVOID_MAX = 64, PAGE = 4096 };
 static const uint64_t GATHER_NS = 20 * NS_PER_MS; /* discards come in thousands */
@@ -139,7 +137,7 @@ static void give_up(struct locker *l, struct range r, const struct ram_block *b)
 		if (books_full(&l->books))
 			return; /* the next look tells */
 		upkeep_begin_piece(l, part);
-		syscall(SYS_munlock, part.start, range_size(part));
+		sys_munlock(part);
 		merging_let_in(&l->stepper.merging, part, mergeable);
 		upkeep_end_piece(l);
 		if (layout_find(&l->layout, part)) /* or it was unplugged meanwhile */

@@ -30,7 +30,8 @@ static size_t bits_size(const struct followed *f, enum followed_kind kind)
 	return (size_t)(bit_of(f, kind, f->r.end - 1) / BITS + 1) * sizeof(uint64_t);
 }
 
-struct followed *followed_new(struct range r, struct followed_file file)
+/* Returns NULL when there is no memory for it. */
+static struct followed *new_block(struct range r, struct followed_file file)
 {
 	struct followed facts = { .r = r, .file = file }, *f;
 	size_t at = (sizeof(facts) + sizeof(uint64_t) - 1) / sizeof(uint64_t) * sizeof(uint64_t);
@@ -47,11 +48,6 @@ struct followed *followed_new(struct range r, struct followed_file file)
 		at += bits_size(f, kind);
 	}
 	return f;
-}
-
-void followed_free(struct followed *f)
-{
-	munmap(f, f->memory);
 }
 
 /* The part of @r that is in the block. Returns false when there is none. */
@@ -109,7 +105,8 @@ bool followed_any(const struct followed *f, enum followed_kind kind, struct rang
 	return clip(f, &r) && followed_find(f, kind, r.start, true) < r.end;
 }
 
-uint64_t followed_copy(struct followed *f, enum followed_kind kind, const struct followed *other)
+/* Sets the bits of @kind that are set in @other for the same addresses. Returns how many had not been. */
+static uint64_t copy_bits(struct followed *f, enum followed_kind kind, const struct followed *other)
 {
 	struct range run = f->r;
 	uint64_t changed = 0;
@@ -167,7 +164,7 @@ static void reclaim(struct followed_blocks *b)
 	while (!atomic_load(&b->users) && (f = b->retired)) {
 		b->retired = f->next;
 		followed_note(b, f, f->r, false);
-		followed_free(f);
+		munmap(f, f->memory);
 	}
 }
 
@@ -179,7 +176,7 @@ static void add(struct followed_blocks *b, struct range r, struct followed_file 
 
 	while (slot < sizeof(b->v) / sizeof(b->v[0]) && atomic_load(&b->v[slot]))
 		slot++;
-	f = slot < sizeof(b->v) / sizeof(b->v[0]) ? followed_new(r, file) : NULL;
+	f = slot < sizeof(b->v) / sizeof(b->v[0]) ? new_block(r, file) : NULL;
 	if (!f)
 		return;
 	f->live = true;
@@ -189,7 +186,7 @@ static void add(struct followed_blocks *b, struct range r, struct followed_file 
 	/* Only now, so that nothing is missed that comes meanwhile. */
 	for (size_t i = 0; (other = followed_next(b, &i));)
 		for (int kind = 0; other != f && kind < FOLLOWED_KINDS; kind++) {
-			uint64_t changed = followed_copy(f, (enum followed_kind)kind, other);
+			uint64_t changed = copy_bits(f, (enum followed_kind)kind, other);
 
 			atomic_fetch_add(&b->given_back, kind == FOLLOWED_GIVEN ? changed : 0);
 		}

@@ -38,12 +38,6 @@ struct followed {
 	struct followed *next;
 };
 
-/* Returns NULL when there is no memory for it. */
-struct followed *followed_new(struct range r, struct followed_file file);
-
-/* Nobody may use it any more. */
-void followed_free(struct followed *f);
-
 /* Sets the bits for what of @r is in @f, or clears them. Returns how many had been otherwise. */
 uint64_t followed_mark(struct followed *f, enum followed_kind kind, struct range r, bool set);
 
@@ -52,9 +46,6 @@ bool followed_any(const struct followed *f, enum followed_kind kind, struct rang
 
 /* The first address at or after @from whose bit is set, or is not. The end of the block when there is none. */
 uint64_t followed_find(const struct followed *f, enum followed_kind kind, uint64_t from, bool set);
-
-/* Sets the bits of @kind that are set in @other for the same addresses. Returns how many had not been. */
-uint64_t followed_copy(struct followed *f, enum followed_kind kind, const struct followed *other);
 
 /* The addresses of [@offset, @offset + @size) of a file. Returns false when the block has none of them. */
 bool followed_part_of_file(const struct followed *f, const struct followed_file *file, uint64_t size, struct range *r);

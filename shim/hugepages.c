@@ -56,10 +56,13 @@ static uint64_t number(int fd, uint64_t unknown)
 uint64_t hugepages_left(const struct hugepages *h, uint64_t size)
 {
 	for (size_t i = 0; i < h->n; i++) {
-		uint64_t free = number(h->v[i].free, 0), reserved = number(h->v[i].reserved, UINT64_MAX);
+		uint64_t free, reserved;
 
-		if (h->v[i].size == size)
-			return free > reserved ? (free - reserved) * size : 0;
+		if (h->v[i].size != size)
+			continue;
+		free = number(h->v[i].free, 0);
+		reserved = number(h->v[i].reserved, UINT64_MAX);
+		return free > reserved ? (free - reserved) * size : 0;
 	}
 	return 0;
 }

@@ -105,10 +105,9 @@ static void list(struct shim *s)
 		shim_warn("this VM has more RAM blocks than ramlock can hold; the others are left alone");
 	postcopy = qemu_is_postcopy_target();
 	locker_suspend(&s->locker, postcopy ? POSTCOPY : NULL);
-	if (!atomic_load(&s->known))
+	if (!locker_knows_ram(&s->locker))
 		launch_guarantee(s, layout.total);
 	locker_set_layout(&s->locker, &layout);
-	atomic_store(&s->known, true);
 	/* QEMU tells neither of the end of a migration nor of a DIMM that is plugged or unplugged: look again, by and by. */
 	if (postcopy || (outlook.may_grow && locker_wants_more(&s->locker)))
 		atomic_store(&s->dirty, true);
@@ -169,7 +168,7 @@ static void schedule_look(struct shim *s)
 /* Forgets what is not what the controller took for guest RAM any more. */
 static void look_at_pushed(struct shim *s)
 {
-	if (s->qemu.symbols || !atomic_load(&s->known))
+	if (s->qemu.symbols || !locker_knows_ram(&s->locker))
 		return;
 	pthread_mutex_lock(&s->pushed.mutex);
 	if (pushed_look(&s->pushed))
@@ -195,12 +194,11 @@ int look_push(void *opaque, struct ram_layout *l, char text[SHORT_TEXT])
 	if (!err) {
 		/* A locked page cannot be discarded, which a migration to here may have to do: better none than lost ones. */
 		locker_suspend(&s->locker, qemu_is_incoming() ? MAYBE_POSTCOPY : NULL);
-		if (!atomic_load(&s->known))
+		if (!locker_knows_ram(&s->locker))
 			launch_guarantee(s, s->pushed.layout.total);
 		locker_set_layout(&s->locker, &s->pushed.layout);
 		atomic_store(&s->may_change, s->pushed.layout.n > 1); /* one block is machine RAM, which stays */
-		atomic_store(&s->known, true);
-	}
+		}
 	pthread_mutex_unlock(&s->pushed.mutex);
 	return err;
 }
@@ -236,7 +234,7 @@ void look_now(void *opaque, bool certain)
 	struct shim *s = opaque;
 	bool done;
 
-	if (!atomic_load(&s->known) || now_ms() < s->looked_ms + (certain ? 0 : LOOK_AGAIN_MIN_MS))
+	if (!locker_knows_ram(&s->locker) || now_ms() < s->looked_ms + (certain ? 0 : LOOK_AGAIN_MIN_MS))
 		return; /* a flood of queries is no flood of bottom halves, nor of waits */
 	done = look_and_wait(s);
 	s->looked_ms = now_ms() + (done ? 0 : BUSY_MS);
@@ -303,6 +301,5 @@ void look_init(struct shim *s)
 	s->pause_ms = LOOK_AGAIN_MIN_MS;
 	atomic_store(&s->dirty, false);
 	atomic_store(&s->scheduled, false);
-	atomic_store(&s->known, false);
 	atomic_store(&s->may_change, false);
 }

@@ -3,8 +3,8 @@
 #include "merging.h"
 
 #include "fd.h"
+#include "smallfile.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -15,26 +15,13 @@ void merging_init(struct merging *m)
 	extents_clear(&m->kept_out);
 }
 
-static int open_below(const char *root, const char *name)
-{
-	char path[256];
-
-	snprintf(path, sizeof(path), "%s/%s", root, name);
-	return fd_above_stdio(open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-}
-
 void merging_open(struct merging *m, const char *root)
 {
-	m->run = open_below(root, "sys/kernel/mm/ksm/run");
+	m->run = smallfile_open(root, "sys/kernel/mm/ksm/run");
 	/* Without KSM in the kernel there is nothing to know; without /sys there is no telling. */
-	if (m->run < 0 && errno == ENOENT) {
-		char path[256];
-
-		snprintf(path, sizeof(path), "%s/sys/kernel/mm", root);
-		if (!access(path, F_OK))
-			m->run = fd_above_stdio(open("/dev/null", O_RDONLY | O_CLOEXEC));
-	}
-	m->merged = open_below(root, "proc/self/ksm_merging_pages");
+	if (m->run < 0 && errno == ENOENT && smallfile_exists(root, "sys/kernel/mm"))
+		m->run = smallfile_open("", "dev/null");
+	m->merged = smallfile_open(root, "proc/self/ksm_merging_pages");
 	merging_look(m);
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * All that the shim knows of QEMU.
+ * What the shim knows of QEMU; of its memory backends, of virtio-mem and of its monitor backends.c, virtio_mem.c and monitor.c know more.
  *
  * Theory of operation: QEMU's symbols are looked up with dlsym() and called only from bottom halves on its main
  * thread, where the big lock is held; the one exception is the scheduling of such a bottom half, which QEMU allows
@@ -13,15 +13,15 @@
 #include "qemu.h"
 
 #include "backends.h"
+#include "lookup.h"
 #include "monitor.h"
+#include "syscalls.h"
 #include "virtio_mem.h"
 
-#include <dlfcn.h>
 #include <errno.h>
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 #include <linux/magic.h>
@@ -66,9 +66,6 @@ static struct {
 } notifier;
 
 static struct qemu_watcher watcher;
-
-/* dlsym()'s object pointer to any pointer, functions included, without a cast that ISO C forbids. */
-#define LOOK_UP(name) (*(void **)(void *)&sym.name = dlsym(RTLD_DEFAULT, #name))
 
 /* A QEMU that exports nothing is known by its file's name: qemu-system-*, also wrapped, and the distributions' kvm. */
 static bool named_like_qemu(void)
@@ -348,7 +345,7 @@ static void on_resized(void *n, void *host, size_t old_size, size_t new_size)
 	if (new_size < old_size) {
 		/* The mapping stays, so a lock of ours would too. */
 		if (watcher.removed(watcher.opaque, host_range((char *)host + new_size, old_size - new_size)))
-			syscall(SYS_munlock, (char *)host + new_size, old_size - new_size);
+			sys_munlock(host_range((char *)host + new_size, old_size - new_size));
 	}
 	watcher.changed(watcher.opaque);
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* All that the shim knows of QEMU: functions looked up by name in the running process, every one optional. */
+/* What the shim knows of QEMU: functions looked up by name in the running process, every one optional. */
 #ifndef RAMLOCK_QEMU_H
 #define RAMLOCK_QEMU_H
 

@@ -37,8 +37,7 @@ struct shim {
 	bool watching; /* QEMU tells us about changes of RAM; main thread only */
 	atomic_bool dirty; /* guest RAM should be looked at again */
 	atomic_bool scheduled; /* a bottom half that looks is on its way */
-	atomic_bool known; /* guest RAM was listed */
-	atomic_bool may_change; /* ... and may become less, or more, without a word */
+	atomic_bool may_change; /* guest RAM may become less, or more, without a word */
 	pthread_mutex_t looking; /* with `looked`: for waiting until a look has ended */
 	pthread_cond_t looked;
 	unsigned int forks; /* since enter() */

@@ -16,6 +16,7 @@
 #include "clock.h"
 #include "fd.h"
 #include "residency.h"
+#include "syscalls.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -38,20 +39,6 @@ static const uint64_t CREDIT_NS = 50 * NS_PER_MS;
 static void *address(struct range r)
 {
 	return (void *)(uintptr_t)r.start;
-}
-
-/*
- * System calls made directly: what counts is what the kernel did, and libc's functions can be interposed (a QEMU built
- * with a sanitizer has an mlock() and a munlock() that do nothing).
- */
-static int sys_mlock2(struct range r, unsigned int flags)
-{
-	return syscall(SYS_mlock2, address(r), range_size(r), flags) ? errno : 0;
-}
-
-static int sys_munlock(struct range r)
-{
-	return syscall(SYS_munlock, address(r), range_size(r)) ? errno : 0;
 }
 
 /* Whether anything in @r is locked: MS_INVALIDATE fails then, and does nothing else on Linux. It looks at mappings, not at pages. */

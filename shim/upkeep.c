@@ -16,13 +16,12 @@
  * What was lost is doubted (books_doubt) or dropped, and the thread's ordinary steps, with all their checks, repair it.
  */
 #include "locker_inside.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
 static const uint64_t PERIOD_NS = 5ULL * NS_PER_S;
 static const uint64_t BUSY_NS = 1ULL * NS_PER_S; /* before QEMU's busy main loop is asked again */
@@ -102,7 +101,7 @@ static void unlock(struct locker *l, struct range r, bool mergeable)
 	for (uint64_t at = r.start; at < r.end; at += CHUNK) {
 		uint64_t size = r.end - at < CHUNK ? r.end - at : CHUNK, began = now_ns();
 
-		syscall(SYS_munlock, at, size);
+		sys_munlock((struct range){ at, at + size });
 		let_others_in(now_ns() - began);
 	}
 	merging_let_in(&l->stepper.merging, r, mergeable);
@@ -121,7 +120,7 @@ static uint64_t relock(struct locker *l, struct walk *w, struct range r, bool me
 	for (uint64_t at = r.start; at < r.end; at += CHUNK) {
 		uint64_t size = r.end - at < CHUNK ? r.end - at : CHUNK, began = now_ns();
 
-		if (syscall(SYS_mlock2, at, size, MLOCK_ONFAULT)) {
+		if (sys_mlock2((struct range){ at, at + size }, MLOCK_ONFAULT)) {
 			before = headroom_vm_locked(&l->stepper.headroom);
 			unlock(l, r, mergeable);
 			w->gone = true;

@@ -9,8 +9,8 @@
 #include "virtio_mem.h"
 
 #include "clock.h"
+#include "lookup.h"
 
-#include <dlfcn.h>
 #include <errno.h>
 #include <string.h>
 
@@ -40,8 +40,6 @@ static struct {
 	unsigned int (*virtio_queue_get_last_avail_idx)(void *vdev, int n);
 	void (*virtio_notify_config)(void *vdev);
 } sym;
-
-#define LOOK_UP(name) (*(void **)(void *)&sym.name = dlsym(RTLD_DEFAULT, #name))
 
 enum { DEVICES_MAX = 16 };
 
