@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Ending a lock thread that hangs in the kernel: populating waits for whoever answers for the memory (userfaultfd(2)). */
+/* Ending the lock thread: one that hangs in the kernel, as populating waits for whoever answers for the memory (userfaultfd(2)); and what it leaves. */
 #include "check.h"
 #include "locker.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -89,4 +90,33 @@ static void a_thread_that_hangs_is_not_waited_for(void)
 	munmap(at, BLOCK);
 }
 
-CHECK_MAIN(CASE(a_thread_that_hangs_is_not_waited_for))
+static void what_is_no_guest_ram_is_not_handed_over(void)
+{
+	static struct books books;
+	char *at = mmap(NULL, 2 * BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct range both = { (uint64_t)(uintptr_t)at, (uint64_t)(uintptr_t)at + 2 * BLOCK }, one = { both.start, both.start + BLOCK };
+	struct wish wish;
+
+	memset(&locker, 0, sizeof(locker));
+	locker_init(&locker, note, NULL);
+	stepper_open(&locker.stepper, "");
+	layout.n = 1;
+	layout.v[0] = (struct ram_block){ .id = "ram", .page_size = 4096, .host = both };
+	layout_finish(&layout);
+	locker_set_layout(&locker, &layout);
+	CHECK_EQ(sys_mlock2(both, 0), 0);
+	books_add(&locker.books, both, false, false);
+	layout.v[0].host = one;
+	layout_finish(&layout);
+	locker_set_layout(&locker, &layout);
+	CHECK_EQ(locker.books.gone.total, BLOCK);
+	locker_give(&locker, &books, &wish);
+	CHECK_EQ(books.gone.total, 0);
+	CHECK_EQ(books.held.total, BLOCK);
+	CHECK_EQ(headroom_vm_locked(&locker.stepper.headroom), BLOCK);
+	CHECK_EQ(range_size(locker.in_flight), 0);
+	stepper_deinit(&locker.stepper);
+	munmap(at, 2 * BLOCK);
+}
+
+CHECK_MAIN(CASE(a_thread_that_hangs_is_not_waited_for), CASE(what_is_no_guest_ram_is_not_handed_over))
