@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ramlock import guarantee, procfs, vms
 from ramlock.control import Client, Event
 from ramlock.deadline import Deadline
-from ramlock.errors import Disconnected, NoPermission, Refused, VmGone
+from ramlock.errors import Disconnected, NoPermission, Refused
 from ramlock.guarantee import Wish
 from ramlock.reply import Guarantee
 from ramlock.sizes import Size, parse_size
@@ -125,8 +125,8 @@ class VM:
     @classmethod
     def find(cls, which: str | int) -> "VM":
         """Find a VM by name, UUID (str) or pid (int). Raises NotFound, and Refused when two have that name."""
-        pid = which if isinstance(which, int) else vms.find_pid(which)
-        return cls(Selector(pid=pid), procfs.read(pid))
+        process = vms.find(which)
+        return cls(Selector(pid=process.pid), process)
 
     @classmethod
     def at(cls, socket: str | os.PathLike[str]) -> "VM":
@@ -262,9 +262,8 @@ class VM:
         """Bring the shim in as inject() does, and hold the session with it."""
         from ramlock import install
 
-        pid = self.pid if self.pid is not None else vms.find_pid(self._selector.name or "")
-        self._same()
-        with install.installed(pid, options or install.Options(), os.environ) as (found, outcome):
+        pid = self.pid if self.pid is not None else vms.find(self._selector.name or "").pid
+        with install.installed(pid, options or install.Options(), os.environ, self._process) as (found, outcome):
             yield Session(found), outcome
 
     @property
@@ -273,11 +272,11 @@ class VM:
         return self._selector.socket is None
 
     def _same(self) -> None:
-        """Raise VmGone when the pid means another process by now; the caller has pinned it, or is about to."""
+        """Raise VmGone when the pid means another process by now; the caller has pinned it."""
         if self._process is None:
             return
         if procfs.read(self._process.pid).start_time != self._process.start_time:
-            raise VmGone(f"the VM (pid {self._process.pid}) has ended", "look into QEMU's own log for why")
+            raise procfs.gone(self._process.pid)
 
 
 _AT_ONCE = 0.001

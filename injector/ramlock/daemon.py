@@ -17,6 +17,7 @@ from ramlock.notify import Notifier
 from ramlock.policy import Known, Plan, Policy, Step
 from ramlock.reconcile import Host
 from ramlock.reply import State
+from ramlock.sizes import format_size
 
 STARTING = "starting"
 EVERY = 10.0
@@ -185,7 +186,7 @@ class Daemon:
                 self._say(f"{step.vm.label}: {error}; tried again later")
             return
         self._later.succeeded(key)
-        self._say(f"{step.vm.label}: {want} guaranteed, {had} bytes before")
+        self._say(f"{step.vm.label}: {want} guaranteed, {format_size(had)} before")
 
     def _inform(self, step: Step, now: Host) -> None:
         try:

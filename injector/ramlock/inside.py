@@ -24,7 +24,7 @@ def open_root(pid: int, proc: Path = procfs.PROC) -> int:
             "run ramlock as root or as the user who started the VM, or start the VM with --allow-uid",
         ) from None
     except OSError:
-        raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+        raise NotFound(f"there is no process {pid}", "see the running VMs with: ramlock list") from None
 
 
 def open_path(root: int, path: str, flags: int = os.O_PATH) -> int:

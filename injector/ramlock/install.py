@@ -42,7 +42,6 @@ from ramlock.errors import (
     NotFound,
     RamlockError,
     Refused,
-    VmGone,
 )
 from ramlock.memory import Memory, Object
 from ramlock.teststeps import step
@@ -104,15 +103,18 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def installed(pid: int, options: Options, environ: Mapping[str, str]) -> Iterator[tuple[vms.Vm, Outcome]]:
+def installed(
+    pid: int, options: Options, environ: Mapping[str, str], meant: procfs.Process | None = None
+) -> Iterator[tuple[vms.Vm, Outcome]]:
     """Make sure that `pid` has a shim, and open a session with it; `environ` is ours.
 
-    Raises NotFound, NoPermission and Refused when nothing was done, GuestRamMismatch when the shim was ejected again,
-    and whatever a session can raise.
+    `meant` is which process the pid was when it was chosen. Raises VmGone when it is another by now, NotFound,
+    NoPermission and Refused when nothing was done, GuestRamMismatch when the shim was ejected again, and whatever a
+    session can raise.
     """
     endpoint.check_allowed(options.allow_uid, options.socket)
     with ExitStack() as stack:
-        pin, process, vm = _existing(stack, pid, options)
+        pin, process, vm = _existing(stack, pid, options, meant)
         if vm is None:
             report = _look(pid, environ, options.socket, options)
             report.require()
@@ -160,7 +162,8 @@ def _follow(vm: vms.Vm, options: Options) -> bool:
         if deadline.expired:
             raise ControlError(
                 "QEMU's discards cannot be followed: not all of its calls can be redirected",
-                "the shim is in the VM all the same; locked memory that the guest gives back stays with it",
+                "the shim is in the VM, its guarantee is as it was: ramlock set changes it; what is locked stays so, "
+                "also when the guest gives it back",
             )
         time.sleep(_POLL_MOST)
     return True
@@ -195,15 +198,19 @@ def _plan(report: preflight.Preflight, pin: procfs.Pin, first: procfs.Process) -
     if process is None or file is None or way is None or where is None or ram is None:
         raise CannotInject(f"process {report.pid} could not be looked at", "see ramlock preflight")
     if process.start_time != first.start_time:
-        raise VmGone(f"the VM (pid {report.pid}) has ended", "look into QEMU's own log for why")
+        raise procfs.gone(report.pid)
     return _Plan(pin, process, file, way, where, ram)
 
 
-def _existing(stack: ExitStack, pid: int, options: Options) -> tuple[procfs.Pin, procfs.Process, vms.Vm | None]:
+def _existing(
+    stack: ExitStack, pid: int, options: Options, meant: procfs.Process | None
+) -> tuple[procfs.Pin, procfs.Process, vms.Vm | None]:
     """Open a session with the shim that is there already, if one is."""
     pin = procfs.Pin(pid)
     stack.callback(pin.close)
     process = procfs.read(pid)
+    if meant is not None and process.start_time != meant.start_time:
+        raise procfs.gone(pid)
     if process.ended:
         return pin, process, None  # a zombie: the preflight says so
     deadline = Deadline(options.timeout)

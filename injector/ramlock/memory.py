@@ -88,7 +88,7 @@ class Memory:
                 f"no permission to read the memory of process {pid}", "run ramlock as root or as the user of the VM"
             ) from None
         except OSError:
-            raise NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu") from None
+            raise NotFound(f"there is no process {pid}", "see the running VMs with: ramlock list") from None
 
     def __enter__(self) -> Self:
         return self

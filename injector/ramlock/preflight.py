@@ -150,7 +150,7 @@ def _qemu(process: procfs.Process, proc: Path) -> tuple[None, str]:
     if procfs.looks_like_qemu(process.exe, process.cmdline) or _has_ram_list(process, proc):
         return None, printable(exe)
     raise CannotInject(
-        f"process {process.pid} is not QEMU but {printable(exe)}", "see the running VMs with: pgrep -a qemu"
+        f"process {process.pid} is not QEMU but {printable(exe)}", "see the running VMs with: ramlock list"
     )
 
 

@@ -10,15 +10,19 @@ import os
 import re
 import select
 import signal
-from collections.abc import Iterator
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ramlock.deadline import Deadline
 from ramlock.errors import NoPermission, NotFound, VmGone
 
 PROC = Path("/proc")
 MAX_FILE = 1 << 20
 """Bytes read at most of any one file."""
+LOOK_TIME = 2.0
+"""Seconds that all QEMUs of a host together have to let their command lines be read."""
 
 UUID = r"(?i:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 _QEMU = r"\.?(qemu-system-[\w.+-]+|qemu-kvm|qemu|kvm)(-wrapped)?( \(deleted\))?"
@@ -75,10 +79,10 @@ class Usage(NamedTuple):
     """Its address space."""
 
 
-def read(pid: int, proc: Path = PROC) -> Process:
-    """Read what there is to know about `pid`.
+def read(pid: int, proc: Path = PROC, *, cmdline: bool = True) -> Process:
+    """Read what there is to know about `pid`; without `cmdline` nothing that it provides itself, which may take long.
 
-    Raises NotFound when there is no such process.
+    Raises NotFound when there is no such process, NoPermission when it may not be looked at.
     """
     try:
         status = _status(_bytes(proc / str(pid) / "status"))
@@ -93,7 +97,7 @@ def read(pid: int, proc: Path = PROC) -> Process:
             inner_pid=int(status.get("NSpid", str(pid)).split()[-1]),
             locked=int(status.get("VmLck", "0 kB").split()[0]) * 1024,
             exe=_link(proc / str(pid) / "exe"),
-            cmdline=_cmdline(pid, proc),
+            cmdline=_cmdline(pid, proc) if cmdline else (),
         )
     except (FileNotFoundError, ProcessLookupError):
         raise _no_process(pid) from None
@@ -253,17 +257,34 @@ def hides_cgroups(pid: int, proc: Path = PROC) -> bool:
     return ours.st_ino != theirs.st_ino
 
 
-def qemus(proc: Path = PROC) -> Iterator[Process]:
-    """Yield every process that looks like a QEMU system emulator, in order of pid."""
-    for pid in sorted(int(entry) for entry in os.listdir(proc) if entry.isdecimal()):
-        try:
-            # Most are not, and this is the cheaper half of what there is to read.
-            if looks_like_qemu(_link(proc / str(pid) / "exe"), _cmdline(pid, proc)):
-                process = read(pid, proc)
-                if not process.ended:
-                    yield process
-        except (NotFound, NoPermission, OSError, ValueError, IndexError, KeyError):
-            continue  # ended while we looked
+def qemus(proc: Path = PROC, seconds: float = LOOK_TIME) -> list[Process]:
+    """Return every process that looks like a QEMU system emulator, in order of pid.
+
+    All are read at once, each by a thread of its own: one that keeps its reader waiting is left behind, and after
+    `seconds` it is told with an empty command line, and so without a name.
+    """
+    found: dict[int, Process] = {}
+
+    def look(pid: int) -> None:
+        with suppress(NotFound, NoPermission, OSError, ValueError, LookupError):  # it has ended meanwhile
+            found[pid] = read(pid, proc)
+
+    deadline = Deadline(seconds)
+    readers = [(pid, threading.Thread(target=look, args=(pid,), daemon=True)) for pid in candidates(proc)]
+    for _, reader in readers:
+        with suppress(RuntimeError):  # there are too many threads: then it is one that did not answer
+            reader.start()
+    for pid, reader in readers:
+        if reader.ident is not None:
+            reader.join(deadline.remaining)
+        if pid not in found and (reader.ident is None or reader.is_alive()):
+            with suppress(NotFound, NoPermission, OSError, ValueError, LookupError):
+                found[pid] = read(pid, proc, cmdline=False)
+    return [
+        process
+        for _, process in sorted(found.items())
+        if not process.ended and looks_like_qemu(process.exe, process.cmdline)
+    ]
 
 
 def executable(pid: int, proc: Path = PROC) -> str | None:
@@ -364,15 +385,20 @@ class Pin:
     def check(self) -> None:
         """Raise VmGone when the process has ended."""
         if not self.alive:
-            raise VmGone(f"the VM (pid {self.pid}) has ended", "look into QEMU's own log for why")
+            raise gone(self.pid)
 
     def close(self) -> None:
         """Let go of it."""
         os.close(self._fd)
 
 
+def gone(pid: int) -> VmGone:
+    """Return the error for a process that has ended while it was worked with."""
+    return VmGone(f"the VM (pid {pid}) has ended", "look into QEMU's own log for why")
+
+
 def _no_process(pid: int | str) -> NotFound:
-    return NotFound(f"there is no process {pid}", "see the running VMs with: pgrep -a qemu")
+    return NotFound(f"there is no process {pid}", "see the running VMs with: ramlock list")
 
 
 def _status_of(pid: int | str, proc: Path) -> dict[str, str]:

@@ -70,7 +70,7 @@ class Tracee:
             self._ptrace(_SEIZE)
         except OSError as error:
             if error.errno == errno.ESRCH or _has_ended(self.tid):
-                raise NotFound(f"there is no process {self.tid}", "see the running VMs with: pgrep -a qemu") from None
+                raise NotFound(f"there is no process {self.tid}", "see the running VMs with: ramlock list") from None
             if tracer := _tracer_of(self.tid):
                 raise AlreadyTraced(self.tid, tracer) from None
             raise NoPermission(

@@ -19,6 +19,7 @@ ANSWER_TIME = 10.0
 """Seconds that a shim has to answer; its control thread does nothing that takes long."""
 _RETRY = 0.05
 _EXIT_TIME = 2.0
+_SILENT_MOST = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +59,26 @@ class Vm(NamedTuple):
             self.pin.close()
 
 
-def find_pid(name: str, proc: Path = procfs.PROC) -> int:
-    """Return the pid of the only QEMU whose -name, or else -uuid, is `name`.
+def find(which: int | str, proc: Path = procfs.PROC) -> procfs.Process:
+    """Return the process of this pid, or the only QEMU whose -name, or else -uuid, is this.
 
     Raises NotFound when there is none, Refused when there are several.
     """
-    everyone = list(procfs.qemus(proc))
-    pids = [process.pid for process in everyone if process.name == name]
-    pids = pids or [process.pid for process in everyone if process.uuid == name.lower()]
-    if not pids:
-        raise NotFound(f"no running VM is named '{printable(name)}'", "see the running VMs with: ramlock list")
-    if len(pids) > 1:
-        raise Refused(
-            f"{len(pids)} VMs are named '{printable(name)}': pids {', '.join(map(str, pids))}",
-            "choose one of them with --pid",
-        )
-    return pids[0]
+    return procfs.read(which, proc) if isinstance(which, int) else _by_name(which, proc)
+
+
+def _by_name(name: str, proc: Path) -> procfs.Process:
+    everyone = procfs.qemus(proc)
+    found = [process for process in everyone if process.name == name]
+    found = found or [process for process in everyone if process.uuid == name.lower()]
+    if not found:
+        silent = [process.pid for process in everyone if not process.cmdline]
+        but = f"; of {', '.join(map(str, silent[:_SILENT_MOST]))} the name cannot be read" if silent else ""
+        raise NotFound(f"no running VM is named '{printable(name)}'{but}", "see the running VMs with: ramlock list")
+    if len(found) > 1:
+        pids = ", ".join(str(process.pid) for process in found)
+        raise Refused(f"{len(found)} VMs are named '{printable(name)}': pids {pids}", "choose one of them with --pid")
+    return found[0]
 
 
 @contextmanager
@@ -117,7 +122,7 @@ def talk(vm: Vm, proc: Path = procfs.PROC, whole: Deadline | None = None) -> Ite
 def _connect(selector: Selector, patience: Deadline, whole: Deadline, proc: Path) -> Vm:
     if selector.socket is not None:
         return _by_socket(selector.socket, whole, proc)
-    pid = selector.pid if selector.pid is not None else find_pid(selector.name or "", proc)
+    pid = selector.pid if selector.pid is not None else find(selector.name or "", proc).pid
     pin = procfs.Pin(pid)
     try:
         while True:

@@ -160,11 +160,16 @@ def test_not_found(run: Run, tmp_path: Path) -> None:
     run("set", "1G", "--socket", tmp_path / "nothing").failed(6)
 
 
+def said(raw: dict[str, object]) -> dict[str, object]:
+    """What --json prints of a reply: also which process it is, here this one."""
+    return {**raw, "pid": os.getpid(), "name": None, "uuid": None}
+
+
 def test_status_for_programs(run: Run, serve: Serve) -> None:
     raw = reply(requested=GIB, new_member=[1, {"a": None}])
     result = run("status", "--socket", serve(Shim(raw)), "--json")
     assert (result.code, result.err) == (0, "")
-    assert json.loads(result.out) == raw
+    assert json.loads(result.out) == said(raw)
     assert result.out.count("\n") == 1
 
 
@@ -226,7 +231,7 @@ def test_set(run: Run, serve: Serve) -> None:
 def test_set_for_programs(run: Run, serve: Serve) -> None:
     end = reply(generation=1, requested=GIB, locked=GIB)
     result = run("set", "1G", "--socket", serve(Shim(reply(), end)), "--json")
-    assert (result.code, json.loads(result.out)) == (0, end)
+    assert (result.code, json.loads(result.out)) == (0, said(end))
 
 
 def test_set_without_waiting(run: Run, serve: Serve) -> None:
@@ -239,14 +244,14 @@ def test_set_that_stays_short_says_so_and_still_prints_the_reply(run: Run, serve
     short = reply(generation=1, requested=GIB, state="short", short={"reason": "cgroup", "desc": "the cgroup is full"})
     result = run("set", "1G", "--socket", serve(Shim(reply(), short)), "--json")
     result.failed(5, "the cgroup is full")
-    assert json.loads(result.out) == short
+    assert json.loads(result.out) == said(short)
 
 
 def test_set_that_times_out(run: Run, serve: Serve) -> None:
     locking = reply(generation=1, requested=GIB, state="locking")
     result = run("set", "1G", "--socket", serve(Shim(reply(), locking)), "--json", "--timeout", "0.3")
     result.failed(3, "the guarantee stays set")
-    assert json.loads(result.out) == locking
+    assert json.loads(result.out) == said(locking)
 
 
 def test_set_that_is_refused(run: Run, serve: Serve) -> None:
@@ -257,7 +262,7 @@ def test_interrupted(serve: Serve) -> None:
     shim = Shim(reply(), reply(generation=1, requested=GIB, state="locking"))
     path = serve(shim)
     process = subprocess.Popen(
-        [*RAMLOCK, "set", "1G", "--socket", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*RAMLOCK, "set", "1G", "--socket", path, "--force"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     end = time.monotonic() + 30
     while len(shim.seen) < 5 and time.monotonic() < end:

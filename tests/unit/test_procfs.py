@@ -143,6 +143,19 @@ def test_finding_qemus(tmp_path: Path) -> None:
     assert [process.pid for process in procfs.qemus(tmp_path)] == [4, 30]
 
 
+def test_a_qemu_that_keeps_its_reader_waiting(tmp_path: Path) -> None:
+    """It is told without a name, and delays nobody: others are read beside it."""
+    make(tmp_path, 4, "x", "-name", "web")
+    slow = make(tmp_path, 5, "x", "-name", "db") / "cmdline"
+    slow.unlink()
+    os.mkfifo(slow)
+    try:
+        web, db = procfs.qemus(tmp_path, 0.2)
+        assert (web.pid, web.name, db.pid, db.cmdline) == (4, "web", 5, ())
+    finally:
+        slow.open("wb").close()  # its reader goes on, and ends
+
+
 def test_a_pin_sees_the_end() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     pin = procfs.Pin(child.pid)

@@ -75,27 +75,28 @@ def test_by_name(tmp_path: Path) -> None:
     make(tmp_path, 6, "qemu", "-name", "db")
     make(tmp_path, 7, "qemu", "-name", "db")
     make(tmp_path, 8, "bash", "-name", "sh", exe="/bin/bash")
-    assert vms.find_pid("web", tmp_path) == 5
+    assert vms.find("web", tmp_path).pid == 5
+    assert vms.find(7, tmp_path).name == "db"
     with pytest.raises(Refused, match="6, 7"):
-        vms.find_pid("db", tmp_path)
+        vms.find("db", tmp_path)
     for name in ("sh", "we", "web,debug-threads=on", ""):
         with pytest.raises(NotFound):
-            vms.find_pid(name, tmp_path)
+            vms.find(name, tmp_path)
 
 
 def test_by_uuid(tmp_path: Path) -> None:
     one, two = "5d744f21-ba4a-4d6e-bdb2-30a35ff3207d", "afca425a-2c3a-420c-b2fb-dd7b4950d722"
     make(tmp_path, 5, "qemu", "-name", "guest=web", "-uuid", one)
     make(tmp_path, 6, "qemu", "-name", "db", "-uuid", two.upper())
-    assert vms.find_pid(one.upper(), tmp_path) == 5
-    assert vms.find_pid(two, tmp_path) == 6
+    assert vms.find(one.upper(), tmp_path).pid == 5
+    assert vms.find(two, tmp_path).pid == 6
     make(tmp_path, 7, "qemu", "-name", two)  # a name comes first
-    assert vms.find_pid(two, tmp_path) == 7
+    assert vms.find(two, tmp_path).pid == 7
     make(tmp_path, 8, "qemu", "-uuid", "web")  # no UUID, and so no QEMU's
-    assert vms.find_pid("web", tmp_path) == 5
+    assert vms.find("web", tmp_path).pid == 5
     make(tmp_path, 9, "qemu", "-uuid", one)
     with pytest.raises(Refused, match="5, 9"):
-        vms.find_pid(one, tmp_path)
+        vms.find(one, tmp_path)
 
 
 def test_a_late_socket_is_waited_for(start: Start) -> None:

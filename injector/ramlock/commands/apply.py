@@ -81,11 +81,10 @@ def _apply(plan: Plan, rules: policy.Policy, now: Host, wait: bool, timeout: flo
     failed: list[RamlockError] = []
     placed: list[Step] = []
     for step in plan.steps:
-        if not step.done:
-            error = _try(step, lambda step=step: _carry_out(step, rules, now))  # type: ignore[misc]
-            failed += [error] if error else []
-            if error:
-                continue
+        error = _try(step, lambda step=step: _carry_out(step, rules, now))  # type: ignore[misc]
+        failed += [error] if error else []
+        if error and not step.done:
+            continue
         if step.want:
             placed.append(step)
     if wait:
@@ -98,7 +97,10 @@ def _apply(plan: Plan, rules: policy.Policy, now: Host, wait: bool, timeout: flo
 
 
 def _carry_out(step: Step, rules: policy.Policy, now: Host) -> None:
-    reconcile.carry_out(step, rules, now.seen[step.vm.pid].process)
+    if step.done:
+        reconcile.inform(step, now.seen[step.vm.pid])
+    else:
+        reconcile.carry_out(step, rules, now.seen[step.vm.pid].process)
 
 
 def _follow(step: Step, process: object, deadline: Deadline) -> None:

@@ -11,13 +11,15 @@ import click
 from ramlock.errors import RamlockError, SizeError, UsageError
 from ramlock.sizes import Size, parse_size
 from ramlock.text import printable
-from ramlock.vms import Selector
+from ramlock.vms import Selector, Vm
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 HOLD_BUDGET_MIN, HOLD_BUDGET_MAX = 50, 100_000
 """Microseconds that a shim takes as the hold budget."""
 THREADS_MAX = 16
+NAME_MOST = 200
+"""Characters of a VM's name in --json, as `ramlock list` has it."""
 
 
 def read_size(ctx: click.Context, param: click.Parameter, value: str | None) -> Size | None:
@@ -85,14 +87,13 @@ def one_vm_options(function: F) -> F:
     return function
 
 
-def which_pid(pid: int | None, vm: str | None, find: Callable[[str], int]) -> int:
-    """Return the process that is meant; `find` finds it by the VM's name.
-
-    Raises UsageError unless exactly one of the two is given.
-    """
-    if (pid is None) == (vm is None):
-        raise UsageError("which VM is meant?", "give exactly one of --pid PID and --vm NAME")
-    return pid if pid is not None else find(vm or "")
+def which_vm(pid: int | None, vm: str | None) -> int | str:
+    """Return the pid or the name of the VM that is meant. Raises UsageError unless exactly one of them is given."""
+    if pid is not None and vm is None:
+        return pid
+    if vm is not None and pid is None:
+        return vm
+    raise UsageError("which VM is meant?", "give exactly one of --pid PID and --vm NAME")
 
 
 def lock_options(function: F) -> F:
@@ -144,7 +145,12 @@ monitor_option = click.option(
     is_flag=True,
     help="Offer set_ram_minguarantee and query-ram-minguarantee in QEMU's own QMP monitor too.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the shim's reply as JSON; sizes in bytes.")
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the shim's reply, and the VM's pid, name and UUID, as JSON; sizes in bytes.",
+)
 
 
 def selector(pid: int | None, vm: str | None, socket: Path | None) -> Selector:
@@ -167,6 +173,17 @@ def emit(text: str) -> None:
         ) from None
 
 
-def emit_json(raw: dict[str, Any]) -> None:
-    """Print a reply of the shim as one line of ASCII."""
-    emit(json.dumps(raw))
+def emit_json(facts: dict[str, Any]) -> None:
+    """Print an object as one line of ASCII."""
+    emit(json.dumps(facts))
+
+
+def emit_state(vm: Vm, raw: dict[str, Any]) -> None:
+    """Print what the shim of `vm` has replied, and which VM that is: what it is called is not the shim's to say."""
+    name = None if vm.name is None else printable(vm.name, NAME_MOST)
+    emit_json({**raw, "pid": vm.pid, "name": name, "uuid": vm.uuid})
+
+
+def warn(text: str) -> None:
+    """Print a line to stderr that is no failure; what of it comes from a VM is made safe to show."""
+    click.echo(f"ramlock: {printable(text, 2000)}", err=True)

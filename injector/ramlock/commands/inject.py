@@ -17,12 +17,11 @@ from ramlock.commands.common import (
     one_vm_options,
     read_seconds,
     read_size,
-    which_pid,
+    which_vm,
 )
 from ramlock.deadline import Deadline
 from ramlock.errors import NoMonitor, Refused
 from ramlock.sizes import Size, format_size
-from ramlock.vms import Selector
 
 
 def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -105,7 +104,7 @@ def command(
     """
     from ramlock import install  # takes libraries that --help need not
 
-    target = which_pid(pid, vm, vms.find_pid)
+    machine = VM.find(which_vm(pid, vm))
     options = install.Options(
         socket,
         allow_uid,
@@ -116,7 +115,7 @@ def command(
         follow_discards=follow_discards,
         monitor=monitor,
     )
-    with VM(Selector(pid=target)).injected(options) as (session, outcome):
+    with machine.injected(options) as (session, outcome):
         now: Any = None
         offered = _offer_monitor(session.vm) if monitor else None
         if size is not None:
@@ -128,7 +127,7 @@ def command(
                     "try again when the VM has started",
                 )
             wish = guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve)
-            now = place_and_follow(session, wish, Deadline(None), wait=wait, patient=False, force=force)
+            now = place_and_follow(session, wish, Deadline(None), wait=wait, patient=False, force=force, vouched=True)
         if as_json:
             extra = {} if offered is None else {"monitor": offered is True}
             emit_json(_json(outcome) | extra)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ramlock import procfs, vms
-from ramlock.commands.common import emit, emit_json, one_vm_options, which_pid
+from ramlock.commands.common import emit, emit_json, one_vm_options, which_vm
 from ramlock.errors import ControlError, NoPermission, NotFound, Refused
 from ramlock.sizes import format_size
 from ramlock.text import printable
@@ -56,7 +56,7 @@ def command(pid: int | None, vm: str | None, source: str, as_json: bool) -> None
     """
     from ramlock import tell  # takes libraries that --help need not
 
-    process = procfs.read(which_pid(pid, vm, vms.find_pid))
+    process = vms.find(which_vm(pid, vm))
     with ExitStack() as stack:
         session = _session(stack, process.pid) if source in ("auto", "qemu") else None
         found = tell.everywhere(session, process, source)

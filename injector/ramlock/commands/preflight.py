@@ -6,7 +6,7 @@ import os
 import click
 
 from ramlock import vms
-from ramlock.commands.common import emit, emit_json, one_vm_options, which_pid
+from ramlock.commands.common import emit, emit_json, one_vm_options, which_vm
 
 
 @click.command()
@@ -33,8 +33,9 @@ def command(
     """
     from ramlock import preflight  # takes libraries that --help need not
 
+    which = which_vm(pid, vm)
     report = preflight.look(
-        which_pid(pid, vm, vms.find_pid),
+        which if isinstance(which, int) else vms.find(which).pid,
         os.environ,
         socket,
         allow_seccomp=allow_seccomp,

@@ -12,7 +12,7 @@ from ramlock import guarantee
 from ramlock.api import VM, Session, Show
 from ramlock.commands.common import (
     emit,
-    emit_json,
+    emit_state,
     force_option,
     json_option,
     lock_options,
@@ -20,6 +20,7 @@ from ramlock.commands.common import (
     read_size,
     selector,
     vm_options,
+    warn,
 )
 from ramlock.deadline import Deadline
 from ramlock.errors import ControlError, Interrupted, Short, TimedOut
@@ -92,7 +93,7 @@ def command(
         )
         try:
             if as_json:
-                emit_json(now.raw)
+                emit_state(session.vm, now.raw)
             else:
                 emit(f"{session.label}: {format_size(now.requested)} guaranteed, {format_size(now.locked)} locked")
         except KeyboardInterrupt:
@@ -116,7 +117,7 @@ def place_and_follow(
     guarantee is not reached; `vouched` as for guarantee.place().
     """
     try:
-        placed = session.place(wish, deadline, force=force, patient=patient, followed=wait, warn=_warn, vouched=vouched)
+        placed = session.place(wish, deadline, force=force, patient=patient, followed=wait, warn=warn, vouched=vouched)
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted while the guarantee was being set", "see with ramlock status whether it was"
@@ -131,7 +132,8 @@ def place_and_follow(
     except (Short, TimedOut):
         if as_json:
             with suppress(ControlError):
-                emit_json(guarantee.query(session.vm.client, Deadline(guarantee.LAST_LOOK)).raw)
+                last = guarantee.query(session.vm.client, Deadline(guarantee.LAST_LOOK))
+                emit_state(session.vm, last.raw)
         raise
 
 
@@ -140,10 +142,6 @@ def _left(placed: Guarantee) -> Interrupted:
         f"interrupted; the guarantee is set and stays at {format_size(placed.requested)}",
         "watch it with ramlock status, or set another one",
     )
-
-
-def _warn(text: str) -> None:
-    click.echo(f"ramlock: {text}", err=True)
 
 
 @contextmanager

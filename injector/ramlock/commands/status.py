@@ -7,10 +7,9 @@ from pathlib import Path
 import click
 
 from ramlock.api import VM
-from ramlock.commands.common import emit, emit_json, json_option, selector, vm_options
+from ramlock.commands.common import emit, emit_state, json_option, selector, vm_options, warn
 from ramlock.reply import Guarantee, State
 from ramlock.sizes import format_size
-from ramlock.text import printable
 
 _COLORS = {State.IDLE: "green", State.SHORT: "red", State.WAITING: "yellow"}
 _BAR = 30
@@ -34,16 +33,12 @@ def command(pid: int | None, vm: str | None, socket: Path | None, as_json: bool)
     """
     with VM(selector(pid, vm, socket)).session() as session:
         found = session.vm
-        now = session.ask(_warn)
+        now = session.ask(warn)
         if as_json:
-            emit_json(now.raw)
+            emit_state(found, now.raw)
         else:
             uuid = [] if found.uuid is None else [f"  {'uuid':<13} {found.uuid}"]
             emit("\n".join([click.style(found.label, bold=True), *uuid, *lines(now)]))
-
-
-def _warn(text: str) -> None:
-    click.echo(f"ramlock: {printable(text, 2000)}", err=True)
 
 
 def lines(now: Guarantee) -> list[str]:
