@@ -27,14 +27,38 @@ _STARTING = 2.0
 _TICK = 1.0
 _AGAIN_FIRST, _AGAIN_MOST = 4.0, 300.0
 """Seconds after which a VM that failed is tried again: the first time, and at most."""
+_CHANGED_OFTEN = 3
+"""Times that a guarantee is put back at once, though somebody else keeps changing it."""
+_CALM = 600.0
+"""Seconds after which that is forgotten."""
 
 
 class _Later:
-    """VMs that failed, and when to try again; told only when what failed has changed."""
+    """VMs that failed, or that others keep changing, and when to try again; told only when what failed has changed."""
 
     def __init__(self) -> None:
         self._when: dict[tuple[int, int], tuple[float, float]] = {}
         self._said: dict[tuple[int, int], str] = {}
+        self._placed: dict[tuple[int, int], int] = {}
+        self._changed: dict[tuple[int, int], tuple[int, float]] = {}
+
+    def placed(self, key: tuple[int, int], had: int, want: int) -> bool:
+        """Note that a guarantee was set; return whether it is news that somebody else keeps changing it.
+
+        Such as another daemon: then it is put back less and less often, lest memory is locked and unlocked without end.
+        """
+        self.succeeded(key)
+        theirs = self._placed.get(key, had) != had
+        self._placed[key] = want
+        if not theirs:
+            return False
+        times, last = self._changed.get(key, (0, 0.0))
+        times = times + 1 if time.monotonic() - last < _CALM else 1
+        self._changed[key] = times, time.monotonic()
+        if times > _CHANGED_OFTEN:
+            pause = min(_AGAIN_FIRST * 2.0 ** min(times - _CHANGED_OFTEN, 16), _AGAIN_MOST)
+            self._when[key] = (time.monotonic() + pause, _AGAIN_FIRST)
+        return times == _CHANGED_OFTEN + 1
 
     def holds(self, key: tuple[int, int]) -> bool:
         return self._when.get(key, (0.0, 0.0))[0] > time.monotonic()
@@ -49,7 +73,7 @@ class _Later:
 
     def forget(self, keep: set[tuple[int, int]]) -> None:
         """Drop VMs that are gone."""
-        for known in (self._when, self._said):
+        for known in (self._when, self._said, self._placed, self._changed):
             for key in set(known) - keep:
                 known.pop(key)
 
@@ -59,8 +83,8 @@ class _Later:
 
     def clear(self) -> None:
         """Try all again now, as when the policy has changed."""
-        self._when.clear()
-        self._said.clear()
+        for known in (self._when, self._said, self._placed, self._changed):
+            known.clear()
 
     def settle(self, since: float) -> None:
         """Drop those that were to be tried by `since`, and have not failed again: there was nothing to do any more."""
@@ -185,8 +209,13 @@ class Daemon:
             if self._later.failed(key, str(error)):
                 self._say(f"{step.vm.label}: {error}; tried again later")
             return
-        self._later.succeeded(key)
+        news = self._later.placed(key, had, step.want)
         self._say(f"{step.vm.label}: {want} guaranteed, {format_size(had)} before")
+        if news:
+            self._say(
+                f"{step.vm.label}: somebody else keeps changing its guarantee, so it is put back less often from now on"
+                " (is there another daemon with another policy?)"
+            )
 
     def _inform(self, step: Step, now: Host) -> None:
         try:

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from ramlock.daemon import Daemon
+from ramlock.daemon import Daemon, _Later
 from ramlock.notify import Notifier
 
 WHOLE = '[vm."*"]\nguarantee = "0"\n[vm.db]\nguarantee = "8G"\n'
@@ -34,3 +34,19 @@ def test_half_a_policy_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     assert daemon._reread()
     assert rules(daemon) == 2
     assert not daemon._reread()
+
+
+def test_two_who_want_different_things_do_not_go_on_for_ever() -> None:
+    """A guarantee is put back at once at first; what changes by itself, as with guest RAM, is nobody's doing."""
+    later, key = _Later(), (1, 2)
+    for size in range(20):
+        assert not later.placed(key, had=size, want=size + 1)
+        assert not later.holds(key)
+    told = []
+    for _ in range(6):
+        assert later.holds(key) == (True in told)
+        told.append(later.placed(key, had=100, want=20))
+    assert told == [False, False, False, True, False, False]
+    assert not later.placed((3, 4), had=100, want=20)
+    later.clear()
+    assert not later.holds(key)
