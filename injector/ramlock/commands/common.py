@@ -50,6 +50,19 @@ def read_seconds(ctx: click.Context, param: click.Parameter, value: float | None
     return value
 
 
+def answer_time_option(seconds: float) -> Callable[[F], F]:
+    """Take how long all VMs of the host together have to answer; `seconds` unless said."""
+    return click.option(
+        "--timeout",
+        type=float,
+        default=seconds,
+        show_default=True,
+        callback=read_seconds,
+        metavar="SECONDS",
+        help="How long to wait for VMs that do not answer.",
+    )
+
+
 class _SocketPath(click.Path):
     """The path of a socket that need not be there yet."""
 

@@ -8,7 +8,7 @@ import click
 
 from ramlock import survey
 from ramlock.api import VM
-from ramlock.commands.common import emit, read_seconds
+from ramlock.commands.common import answer_time_option, emit
 from ramlock.reply import State
 from ramlock.sizes import format_size
 from ramlock.survey import Seen
@@ -21,15 +21,7 @@ _NAME_MOST = 40
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print an array of objects; sizes in bytes, null where unknown.")
-@click.option(
-    "--timeout",
-    type=float,
-    default=survey.TIME,
-    show_default=True,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="How long to wait for VMs that do not answer.",
-)
+@answer_time_option(survey.TIME)
 def command(as_json: bool, timeout: float) -> None:
     """Show every VM on this host.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ramlock import survey
-from ramlock.commands.common import emit, read_seconds
+from ramlock.commands.common import answer_time_option, emit
 from ramlock.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,15 +23,7 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write them once to this file, for node_exporter's textfile collector.",
 )
-@click.option(
-    "--timeout",
-    type=float,
-    default=survey.TIME,
-    show_default=True,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="How long to wait for VMs that do not answer.",
-)
+@answer_time_option(survey.TIME)
 def command(listen: str | None, textfile: Path | None, timeout: float) -> None:
     """Tell Prometheus of every VM on this host.
 
