@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -204,8 +205,9 @@ class Vm:
     def _schedstat(self, column: int) -> float:
         total = 0
         for task in Path(f"/proc/{self.pid}/task").iterdir():
-            if (task / "comm").read_text().startswith("ramlock"):
-                total += int((task / "schedstat").read_text().split()[column])
+            with suppress(FileNotFoundError, ProcessLookupError):  # others of QEMU's threads come and go
+                if (task / "comm").read_text().startswith("ramlock"):
+                    total += int((task / "schedstat").read_text().split()[column])
         return total / 1e9
 
     def wakeups(self, seconds: float) -> int:

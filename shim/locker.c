@@ -455,7 +455,7 @@ static void carry_out(struct locker *l, struct step *s)
 	for (size_t i = 0; i < o.n_holds; i++)
 		longest = o.holds[i] > longest ? o.holds[i] : longest;
 	pthread_mutex_unlock(&l->mutex);
-	step_rest(&l->stepper, longest);
+	step_rest(longest);
 	pthread_mutex_lock(&l->mutex);
 }
 

@@ -3,6 +3,9 @@
 #include "residency.h"
 #include "step.h"
 
+/* Just shorter than a writer of mmap_lock spins, see step.c: each glance costs a system call. */
+enum { GLANCE_NS = 10500 };
+
 static uint64_t round_to_pages(uint64_t bytes, uint64_t page_size)
 {
 	uint64_t pages = bytes / page_size;
@@ -84,6 +87,20 @@ static void size_lock(struct stepper *st, struct step *s)
 	}
 }
 
+/*
+ * Decides how many bytes one system call populates, where @size of them take @ns. Of several threads one or the other
+ * always has the lock, so nothing is gained by letting go of it; readers that come back behind a waiting writer have to
+ * queue then (rwsem_down_read_slowpath()), so it gets in after a piece of each.
+ */
+static void size_glance(struct stepper *st, struct step *s, uint64_t size, uint64_t ns)
+{
+	uint64_t bytes = ns > GLANCE_NS && s->threads <= 1 ? (uint64_t)((double)size * GLANCE_NS / (double)ns) : size;
+
+	if (bytes < PACER_CHUNK && st->fills_huge && s->present < s->looked)
+		bytes = PACER_CHUNK; /* less would fill as much at its first page */
+	s->glance = round_to_pages(bytes, s->page_size);
+}
+
 /* Decides how many bytes of @s are populated at a time, and cuts it to what is worth a step. */
 static void size_populate(struct stepper *st, struct step *s)
 {
@@ -108,6 +125,7 @@ static void size_populate(struct stepper *st, struct step *s)
 	if (s->piece < PACER_CHUNK_MIN)
 		s->piece = PACER_CHUNK_MIN;
 	s->piece = round_to_pages(s->piece, s->page_size);
+	size_glance(st, s, size, ns);
 	most = pieces * s->piece;
 	cut_end(s, most < PACER_CHUNK ? PACER_CHUNK : most);
 }
@@ -147,12 +165,12 @@ void step_size(struct stepper *st, struct step *s)
 	if (s->kind == STEP_UNLOCK) {
 		size_unlock(st, s);
 	} else if (s->kind == STEP_POPULATE) {
-		cut_end(s, PACER_CHUNK_MAX);
+		cut_end(s, (uint64_t)PACER_CHUNK_MAX * (s->threads ? s->threads : 1));
 		size_populate(st, s);
 	} else if (s->kind == STEP_LOCK) {
 		bool small = st->merging.at_work && s->mergeable; /* the step copies KSM's pages */
 
-		cut_end(s, small ? PACER_CHUNK : s->prefault ? PACER_CHUNK_MAX : PACER_CHUNK_MAX_ABSENT);
+		cut_end(s, small ? PACER_CHUNK : s->prefault ? (uint64_t)PACER_CHUNK_MAX * s->threads : PACER_CHUNK_MAX_ABSENT);
 		if (s->resident) {
 			cut_end(s, pace_bytes(p, PACE_LOCK));
 			s->piece = round_to_pages(pace_bytes(p, PACE_CONFIRM), s->page_size);
@@ -160,6 +178,7 @@ void step_size(struct stepper *st, struct step *s)
 				s->piece = range_size(s->r) <= s->piece ? range_size(s->r) :
 					   round_to_pages((range_size(s->r) / 2 + PACER_CHUNK - 1) / PACER_CHUNK *
 						PACER_CHUNK, s->page_size);
+			size_glance(st, s, s->piece, pace_expect(p, PACE_CONFIRM, s->piece));
 			return;
 		}
 		size_lock(st, s);

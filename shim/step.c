@@ -6,9 +6,14 @@
  * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
  * same with worse holds. When both have returned 0, the pages were seen resident under a lock.
  *
- * Each of these system calls is sized to take about the hold budget (step_size). Locking and populating the same bytes
+ * Between two rests, work is sized to take about the hold budget (step_size). Locking and populating the same bytes
  * can differ by orders of magnitude, so a range is locked at once and populated in pieces, with a rest between them, by
  * one thread or several; it is at least a huge page, because a page that lies across the end of a lock cannot be huge.
+ *
+ * A piece is populated in glances, a few pages for each system call. A writer that finds mmap_lock held for reading spins
+ * for 10 us before it goes to sleep (rwsem_rspin_threshold() in kernel/locking/rwsem.c, Linux 5.3), so it gets in where
+ * one glance ends, and need not be woken: that takes a processor that was asleep longer than any rest, and up to a tick
+ * where the processor is taken. The rests are for those that sleep all the same.
  */
 #include "step.h"
 
@@ -21,6 +26,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -32,7 +38,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096 };
+enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000 };
 
 static void *address(struct range r)
 {
@@ -77,22 +83,24 @@ static void explain_rlimit(struct outcome *o, uint64_t limit)
 		 limit / 1024);
 }
 
-/* Makes the pages of @r resident and writable. Returns 0 or -errno. */
-static int populate(struct stepper *st, struct range r)
+/* Makes the pages of @r resident and writable, @glance bytes at a time. Returns 0 or -errno. */
+static int populate(struct stepper *st, struct range r, uint64_t glance)
 {
 	int advice = MADV_POPULATE_WRITE;
 
-	while (!st->no_populate) {
-		if (!madvise(address(r), range_size(r), advice))
-			return 0;
-		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
+	while (r.start < r.end && !st->no_populate) {
+		uint64_t size = range_size(r) < glance ? range_size(r) : glance;
+
+		if (!madvise(address(r), size, advice))
+			r.start += size;
+		else if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
 			advice = MADV_POPULATE_READ; /* a mapping that may not be written, or a kernel that knows neither */
 		else if (errno == EINVAL)
 			st->no_populate = true;
 		else if (errno != EINTR && errno != EAGAIN)
 			return -errno;
 	}
-	return -sys_mlock2(r, 0);
+	return r.start < r.end ? -sys_mlock2(r, 0) : 0;
 }
 
 static void explain_errno(struct stepper *st, int err, const struct step *s, const char *doing, struct outcome *o)
@@ -156,24 +164,36 @@ static struct range piece_at(const struct step *s, size_t i)
 	return r;
 }
 
+/* The piece that comes at @turn: threads work far from each other, as they would wait for the lock of a shared page table. */
+static size_t piece_of(const struct piecework *w, size_t turn)
+{
+	size_t stride = (w->n + w->s->threads - 1) / w->s->threads;
+
+	return turn % w->s->threads * stride + turn / w->s->threads;
+}
+
 static void do_pieces(void *arg)
 {
 	struct piecework *w = arg;
-	size_t i;
+	size_t turn, turns = (w->n + w->s->threads - 1) / w->s->threads * w->s->threads;
 
-	while (!atomic_load(&w->err) && (i = atomic_fetch_add(&w->next, 1)) < w->n) {
+	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < turns) {
+		size_t i = piece_of(w, turn);
 		int err;
 
-		if (i && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
+		if (i >= w->n)
+			continue;
+
+		if (turn && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
 			return;
 		w->holds[i] = hold_begin();
-		err = -populate(w->st, piece_at(w->s, i));
+		err = -populate(w->st, piece_at(w->s, i), w->s->glance);
 		hold_end(&w->holds[i]);
 		w->done[i] = !err;
 		if (err)
 			atomic_store(&w->err, err);
-		else if (i + 1 < w->n)
-			step_rest(w->st, w->holds[i].wall);
+		else if (turn + 1 < turns)
+			step_rest(w->holds[i].wall);
 	}
 }
 
@@ -191,13 +211,13 @@ static void learn_populate(struct stepper *st, const struct step *s, uint64_t by
 		pace_learn(&st->pace, PACE_FILL, (uint64_t)((double)bytes * (1 - present)), sum->wall, sum->cpu);
 }
 
-/* Looks whether small pieces, from @s's start to @end, have become huge pages all the same. */
+/* Looks whether what was absent has become huge pages: at the first that could be one. */
 static void note_huge(struct stepper *st, const struct step *s, uint64_t end)
 {
-	const struct range filled = { s->r.start, end };
+	uint64_t start = (s->r.start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK;
 
-	if (s->piece <= PACER_CHUNK && s->page_size < PACER_CHUNK && s->present < s->looked && end > s->r.start)
-		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, filled, 1);
+	if (s->page_size < PACER_CHUNK && s->present < s->looked && start + PACER_CHUNK <= end)
+		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, (struct range){ start, start + PACER_CHUNK }, 1);
 }
 
 /* Populates @s from its start as far as it gets; *end is how far. Returns 0 or an errno. */
@@ -375,14 +395,31 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 	}
 }
 
-void step_rest(struct stepper *st, uint64_t ns)
+/* Tells the processor that this thread waits for another one. */
+static void relax(void)
 {
-	uint64_t gap = pacer_gap(ns), over = st->oversleep_ns, ask = gap > over + 1 ? gap - over : 1, slept = now_ns();
-	struct timespec t = { 0, (long)ask };
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
 
-	nanosleep(&t, NULL);
-	slept = now_ns() - slept;
-	/* An eighth at a time: one long sleep on a busy machine says little. Threads may both write: either will do. */
-	over = slept > ask ? slept - ask : 0;
-	st->oversleep_ns = st->oversleep_ns - st->oversleep_ns / 8 + (over < gap ? over : gap) / 8;
+void step_rest(uint64_t ns)
+{
+	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
+
+	if (gap > LONG_GAP_NS) {
+		struct timespec t = { 0, (long)gap };
+
+		nanosleep(&t, NULL);
+		return;
+	}
+	/*
+	 * Whoever waits for this processor has it now, and not in the midst of a hold. Sleeping would do that too, and costs
+	 * more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is long over.
+	 */
+	sched_yield();
+	while (now_ns() < until)
+		relax();
 }

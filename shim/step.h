@@ -48,14 +48,15 @@ struct step {
 	bool fills; /* pages that are absent are filled because they lie between resident ones */
 	unsigned int threads; /* that populate */
 	/* What step_size() finds and decides. */
-	uint64_t piece; /* bytes that one thread populates at a time */
+	uint64_t piece; /* bytes that one thread populates between two rests */
+	uint64_t glance; /* ... with one system call */
 	bool huge; /* to be unlocked: all of it is in huge pages */
 	uint64_t present, swapped; /* bytes, of `looked` bytes */
 	uint64_t looked;
 };
 
-/* System calls of one step at most: a step is worth taking for eight pieces by each thread, see step_size(). */
-enum { PIECES_PER_THREAD = 8, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) + PACER_CHUNK / PACER_CHUNK_MIN + 1 };
+/* Pieces that each thread should have in a step, for it to be worth its other system calls and a wait for each other at its end. */
+enum { PIECES_PER_THREAD = 24, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) + PACER_CHUNK / PACER_CHUNK_MIN + 1 };
 
 /* What a step came to. */
 struct outcome {
@@ -85,9 +86,8 @@ struct stepper {
 	uint64_t pin_nodes; /* as credit_nodes */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
-	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
-	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
+	bool fills_huge; /* what was absent became huge pages lately: so each system call is for one of them at least */
 };
 
 void stepper_init(struct stepper *st);
@@ -109,6 +109,6 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o);
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o);
 
 /* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. */
-void step_rest(struct stepper *st, uint64_t ns);
+void step_rest(uint64_t ns);
 
 #endif
