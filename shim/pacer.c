@@ -110,7 +110,7 @@ void pacer_record(struct pacer *p, uint64_t ns)
 
 uint64_t pacer_gap(uint64_t ns)
 {
-	uint64_t gap = ns / 100;
+	uint64_t gap = ns / 25;
 
 	if (gap < GAP_MIN_NS)
 		return GAP_MIN_NS;

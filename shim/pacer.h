@@ -66,7 +66,7 @@ void pacer_reset(struct pacer *p);
 /* Notes a hold of @ns nanoseconds. */
 void pacer_record(struct pacer *p, uint64_t ns);
 
-/* Nanoseconds to leave mmap_lock alone after a hold of @ns, so that a waiting writer gets in: 2 % of it. */
+/* Nanoseconds to leave mmap_lock alone after a hold of @ns, so that a waiting writer gets in: 4 % of it. */
 uint64_t pacer_gap(uint64_t ns);
 
 /* The 99th percentile of the holds in microseconds, at most 25 % too high; 0 before the first one. */

@@ -94,11 +94,12 @@ static void size_lock(struct stepper *st, struct step *s)
  */
 static void size_glance(struct stepper *st, struct step *s, uint64_t size, uint64_t ns)
 {
-	uint64_t bytes = ns > GLANCE_NS && s->threads <= 1 ? (uint64_t)((double)size * GLANCE_NS / (double)ns) : size;
+	uint64_t bytes = (uint64_t)((double)size * GLANCE_NS / (double)(ns ? ns : 1));
 
 	if (bytes < PACER_CHUNK && st->fills_huge && s->present < s->looked)
 		bytes = PACER_CHUNK; /* less would fill as much at its first page */
-	s->glance = round_to_pages(bytes, s->page_size);
+	bytes = round_to_pages(bytes, s->page_size);
+	s->glance = s->threads > 1 || bytes > s->piece ? s->piece : bytes;
 }
 
 /* Decides how many bytes of @s are populated at a time, and cuts it to what is worth a step. */
@@ -165,7 +166,7 @@ void step_size(struct stepper *st, struct step *s)
 	if (s->kind == STEP_UNLOCK) {
 		size_unlock(st, s);
 	} else if (s->kind == STEP_POPULATE) {
-		cut_end(s, (uint64_t)PACER_CHUNK_MAX * (s->threads ? s->threads : 1));
+		cut_end(s, (uint64_t)PACER_CHUNK_MAX * s->threads);
 		size_populate(st, s);
 	} else if (s->kind == STEP_LOCK) {
 		bool small = st->merging.at_work && s->mergeable; /* the step copies KSM's pages */

@@ -172,6 +172,12 @@ static size_t piece_of(const struct piecework *w, size_t turn)
 	return turn % w->s->threads * stride + turn / w->s->threads;
 }
 
+/* Whether writers of mmap_lock get in within a piece of @s, so that the rest after it is for few. */
+static bool lets_in(const struct step *s)
+{
+	return s->glance < s->piece || s->threads > 1;
+}
+
 static void do_pieces(void *arg)
 {
 	struct piecework *w = arg;
@@ -183,7 +189,6 @@ static void do_pieces(void *arg)
 
 		if (i >= w->n)
 			continue;
-
 		if (turn && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
 			return;
 		w->holds[i] = hold_begin();
@@ -193,7 +198,7 @@ static void do_pieces(void *arg)
 		if (err)
 			atomic_store(&w->err, err);
 		else if (turn + 1 < turns)
-			step_rest(w->holds[i].wall);
+			step_rest(lets_in(w->s) ? w->holds[i].wall / 4 : w->holds[i].wall);
 	}
 }
 
