@@ -16,12 +16,13 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kvm
+import reporting
 from bench import Measured, Vm, Watch, measured_of
 from tests.qemu.guest import GIB, ROOT
 from tests.qemu.pressure import Zram
@@ -192,8 +193,9 @@ def main() -> None:
         sys.exit(f"KVM cannot be used here: {why}\nRun make bench without KVM=1 for figures of emulation (TCG).")
     size, rounds = (GIB, 2) if options.quick else (int(options.size.rstrip("GgiB")) * GIB, options.rounds)
     folder = QUICK if options.quick else RESULTS
-    for kind in options.kind or KINDS:
-        run(folder, kind, size, rounds, "kvm" if options.kvm else "tcg", options.more)
+    with nullcontext() if options.quick else reporting.kept():
+        for kind in options.kind or KINDS:
+            run(folder, kind, size, rounds, "kvm" if options.kvm else "tcg", options.more)
 
 
 if __name__ == "__main__":
