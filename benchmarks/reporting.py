@@ -23,21 +23,22 @@ MAX_ORDER = 10
 PAGE, HUGE_PAGE = 4096, 2 << 20
 MADV_POPULATE_WRITE = 23  # Linux 5.14
 SPARED = 1 << 30  # bytes that others may need while nearly all is taken
-FRAME = (1 << 55) - 1  # of an entry of /proc/PID/pagemap: where the page is
+PRESENT, FRAME = 1 << 63, (1 << 55) - 1  # of an entry of /proc/PID/pagemap
 
 
 def _lowest_of_each_block(memory: mmap.mmap) -> list[int]:
     """Of the pages that are mapped there: the lowest in each block of physical memory."""
     window = ctypes.c_char.from_buffer(memory)
+    start = ctypes.addressof(window)
+    del window  # or the memory could not be given back
     entries = array("Q")
     with Path("/proc/self/pagemap").open("rb") as file:
-        file.seek(ctypes.addressof(window) // PAGE * entries.itemsize)
+        file.seek(start // PAGE * entries.itemsize)
         entries.frombytes(file.read(len(memory) // PAGE * entries.itemsize))
-    del window
     lowest: dict[int, tuple[int, int]] = {}  # of a block: frame and page
     for page, entry in enumerate(entries):
         frame = entry & FRAME
-        if frame < lowest.get(frame >> MAX_ORDER, (FRAME + 1, 0))[0]:
+        if entry & PRESENT and frame < lowest.get(frame >> MAX_ORDER, (FRAME + 1, 0))[0]:
             lowest[frame >> MAX_ORDER] = frame, page
     return sorted(page for _, page in lowest.values())
 
@@ -49,24 +50,46 @@ def _available() -> int:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Nothing that lies free is given to the hypervisor meanwhile; the setting is put back afterwards."""
-    if not ORDER.exists():
+def _first_to_go() -> Iterator[None]:
+    """Meanwhile this process is what the kernel kills if memory runs out."""
+    score = Path("/proc/self/oom_score_adj")
+    former = score.read_text()
+    score.write_text("1000")
+    try:
         yield
-        return
-    former = ORDER.read_text()
-    with mmap.mmap(-1, (_available() - SPARED) // PAGE * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    finally:
+        score.write_text(former)
+
+
+def _keep_one_of_each_block(memory: mmap.mmap) -> None:
+    """Fills the memory and gives back all of it but a page of each block."""
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    with _first_to_go():
         for at in range(0, len(memory), HUGE_PAGE):
             memory[at]  # its page table, which is allocated first lest it lie between the pages and keep some, too
         memory.madvise(MADV_POPULATE_WRITE)
-        ORDER.write_text(str(MAX_ORDER))
+        begin = 0
+        for page in [*_lowest_of_each_block(memory), len(memory) // PAGE]:
+            if page > begin:
+                memory.madvise(mmap.MADV_DONTNEED, begin * PAGE, (page - begin) * PAGE)
+            begin = page + 1
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Nothing that lies free is given to the hypervisor meanwhile; the setting is put back afterwards.
+
+    Does nothing where nothing is reported: no such device, or the largest blocks only.
+    """
+    former = int(ORDER.read_text()) if ORDER.exists() else MAX_ORDER
+    size = (_available() - SPARED) // HUGE_PAGE * HUGE_PAGE
+    if not 0 <= former < MAX_ORDER or size <= 0:
+        yield
+        return
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         try:
-            begin = 0
-            for page in [*_lowest_of_each_block(memory), len(memory) // PAGE]:
-                if page > begin:
-                    memory.madvise(mmap.MADV_DONTNEED, begin * PAGE, (page - begin) * PAGE)
-                begin = page + 1
+            ORDER.write_text(str(MAX_ORDER))
+            _keep_one_of_each_block(memory)
             yield
         finally:
-            ORDER.write_text(former)
+            ORDER.write_text(str(former))

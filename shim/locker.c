@@ -455,7 +455,7 @@ static void carry_out(struct locker *l, struct step *s)
 	for (size_t i = 0; i < o.n_holds; i++)
 		longest = o.holds[i] > longest ? o.holds[i] : longest;
 	pthread_mutex_unlock(&l->mutex);
-	step_rest(longest);
+	step_rest(&l->stepper, longest);
 	pthread_mutex_lock(&l->mutex);
 }
 
@@ -476,6 +476,7 @@ static void wait_idle(struct locker *l)
 		pthread_cond_wait(&l->wake, &l->mutex);
 	else
 		clock_wait(&l->wake, &l->mutex, deadline);
+	stepper_look_at_policy(&l->stepper);
 }
 
 /*
@@ -506,7 +507,8 @@ void *locker_run(void *arg)
 	struct locker *l = arg;
 
 	prctl(PR_SET_NAME, "ramlock-lock");
-	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every gap */
+	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every sleep */
+	stepper_look_at_policy(&l->stepper);
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
 	while (!l->stop) {

@@ -3,8 +3,8 @@
 #include "residency.h"
 #include "step.h"
 
-/* Just shorter than a writer of mmap_lock spins, see step.c: each glance costs a system call. */
-enum { GLANCE_NS = 10500 };
+/* As long as a writer of mmap_lock spins, see step.c: each glance costs a system call. */
+enum { GLANCE_NS = 10000 };
 
 static uint64_t round_to_pages(uint64_t bytes, uint64_t page_size)
 {
@@ -87,19 +87,21 @@ static void size_lock(struct stepper *st, struct step *s)
 	}
 }
 
-/*
- * Decides how many bytes one system call populates, where @size of them take @ns. Of several threads one or the other
- * always has the lock, so nothing is gained by letting go of it; readers that come back behind a waiting writer have to
- * queue then (rwsem_down_read_slowpath()), so it gets in after a piece of each.
- */
+/* Whether what is populated of @s becomes huge pages, as what was absent lately did. */
+static bool fills_huge(const struct stepper *st, const struct step *s)
+{
+	return st->fills_huge && s->present + s->swapped < s->looked;
+}
+
+/* Decides how many bytes one system call populates, where @size of them take @ns. */
 static void size_glance(struct stepper *st, struct step *s, uint64_t size, uint64_t ns)
 {
 	uint64_t bytes = (uint64_t)((double)size * GLANCE_NS / (double)(ns ? ns : 1));
 
-	if (bytes < PACER_CHUNK && st->fills_huge && s->present < s->looked)
+	if (bytes < PACER_CHUNK && fills_huge(st, s))
 		bytes = PACER_CHUNK; /* less would fill as much at its first page */
 	bytes = round_to_pages(bytes, s->page_size);
-	s->glance = s->threads > 1 || bytes > s->piece ? s->piece : bytes;
+	s->glance = bytes < s->piece ? bytes : s->piece;
 }
 
 /* Decides how many bytes of @s are populated at a time, and cuts it to what is worth a step. */
@@ -121,7 +123,7 @@ static void size_populate(struct stepper *st, struct step *s)
 	s->piece = ns > p->budget_ns ? (uint64_t)((double)size * (double)p->budget_ns / (double)ns) : size;
 	if (s->piece > PACER_CHUNK && s->page_size < PACER_CHUNK)
 		s->piece = s->piece / PACER_CHUNK * PACER_CHUNK;
-	if (s->piece < PACER_CHUNK && st->fills_huge)
+	if (s->piece < PACER_CHUNK && fills_huge(st, s))
 		s->piece = PACER_CHUNK; /* less would fill as much at its first page */
 	if (s->piece < PACER_CHUNK_MIN)
 		s->piece = PACER_CHUNK_MIN;
@@ -166,12 +168,12 @@ void step_size(struct stepper *st, struct step *s)
 	if (s->kind == STEP_UNLOCK) {
 		size_unlock(st, s);
 	} else if (s->kind == STEP_POPULATE) {
-		cut_end(s, (uint64_t)PACER_CHUNK_MAX * s->threads);
+		cut_end(s, PACER_CHUNK_MAX);
 		size_populate(st, s);
 	} else if (s->kind == STEP_LOCK) {
 		bool small = st->merging.at_work && s->mergeable; /* the step copies KSM's pages */
 
-		cut_end(s, small ? PACER_CHUNK : s->prefault ? (uint64_t)PACER_CHUNK_MAX * s->threads : PACER_CHUNK_MAX_ABSENT);
+		cut_end(s, small ? PACER_CHUNK : s->prefault ? PACER_CHUNK_MAX : PACER_CHUNK_MAX_ABSENT);
 		if (s->resident) {
 			cut_end(s, pace_bytes(p, PACE_LOCK));
 			s->piece = round_to_pages(pace_bytes(p, PACE_CONFIRM), s->page_size);

@@ -11,7 +11,7 @@
  * one thread or several; it is at least a huge page, because a page that lies across the end of a lock cannot be huge.
  *
  * A piece is populated in glances, a few pages for each system call. A writer that finds mmap_lock held for reading spins
- * for 10 us before it goes to sleep (rwsem_rspin_threshold() in kernel/locking/rwsem.c, Linux 5.3), so it gets in where
+ * for 10 us before it goes to sleep (rwsem_rspin_threshold() in kernel/locking/rwsem.c, Linux 5.3 and newer), so it gets in where
  * one glance ends, and need not be woken: that takes a processor that was asleep longer than any rest, and up to a tick
  * where the processor is taken. The rests are for those that sleep all the same.
  */
@@ -20,6 +20,7 @@
 #include "clock.h"
 #include "fd.h"
 #include "residency.h"
+#include "smallfile.h"
 #include "syscalls.h"
 
 #include <assert.h>
@@ -28,6 +29,7 @@
 #include <inttypes.h>
 #include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -38,7 +40,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000 };
+enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, LANE = 4 * PACER_CHUNK };
 
 static void *address(struct range r)
 {
@@ -127,7 +129,7 @@ static void explain_errno(struct stepper *st, int err, const struct step *s, con
 	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
 }
 
-/* How long a system call took. */
+/* How long a system call, or a piece, took. */
 struct hold {
 	uint64_t wall, cpu; /* ns */
 };
@@ -150,6 +152,7 @@ struct piecework {
 	const struct step *s;
 	atomic_size_t next; /* the piece to be taken next */
 	atomic_int err; /* the first failure, as errno */
+	bool alone; /* one thread does it all */
 	size_t n;
 	bool done[HOLDS_MAX];
 	struct hold holds[HOLDS_MAX];
@@ -164,27 +167,36 @@ static struct range piece_at(const struct step *s, size_t i)
 	return r;
 }
 
-/* The piece that comes at @turn: threads work far from each other, as they would wait for the lock of a shared page table. */
-static size_t piece_of(const struct piecework *w, size_t turn)
+/* How many pieces each thread has for itself, next to each other: neighbours would wait for the lock of a shared page table. */
+static size_t lane_of(const struct step *s)
 {
-	size_t stride = (w->n + w->s->threads - 1) / w->s->threads;
-
-	return turn % w->s->threads * stride + turn / w->s->threads;
+	return s->threads > 1 && s->piece < LANE ? LANE / s->piece : 1;
 }
 
-/* Whether writers of mmap_lock get in within a piece of @s, so that the rest after it is for few. */
-static bool lets_in(const struct step *s)
+/* The piece that comes at @turn. */
+static size_t piece_of(const struct step *s, size_t turn)
 {
-	return s->glance < s->piece || s->threads > 1;
+	size_t lane = lane_of(s), all = lane * s->threads, at = turn % all;
+
+	return turn - at + at % s->threads * lane + at / s->threads;
 }
 
 static void do_pieces(void *arg)
 {
 	struct piecework *w = arg;
-	size_t turn, turns = (w->n + w->s->threads - 1) / w->s->threads * w->s->threads;
+	const struct step *s = w->s;
+	/* Of several threads one has the lock whenever the other lets go of it, so nothing is gained by glances. */
+	const uint64_t glance = w->alone ? s->glance : s->piece;
+	const size_t all = lane_of(s) * s->threads, turns = (w->n + all - 1) / all * all;
+	/*
+	 * A quarter of the usual rest is for the few who have gone to sleep: the others get in after a glance. And beside
+	 * another thread a reader that comes back behind a waiting writer queues (rwsem_down_read_slowpath()).
+	 */
+	const uint64_t rest = glance < s->piece || !w->alone ? 4 : 1;
+	size_t turn;
 
 	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < turns) {
-		size_t i = piece_of(w, turn);
+		size_t i = piece_of(s, turn);
 		int err;
 
 		if (i >= w->n)
@@ -192,13 +204,13 @@ static void do_pieces(void *arg)
 		if (turn && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
 			return;
 		w->holds[i] = hold_begin();
-		err = -populate(w->st, piece_at(w->s, i), w->s->glance);
+		err = -populate(w->st, piece_at(s, i), glance);
 		hold_end(&w->holds[i]);
 		w->done[i] = !err;
 		if (err)
 			atomic_store(&w->err, err);
 		else if (turn + 1 < turns)
-			step_rest(lets_in(w->s) ? w->holds[i].wall / 4 : w->holds[i].wall);
+			step_rest(w->st, w->holds[i].wall / rest);
 	}
 }
 
@@ -232,9 +244,12 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 	size_t n = (size_t)((range_size(s->r) + s->piece - 1) / s->piece), done = 0;
 	uint64_t bytes = 0;
 	struct hold sum = { 0, 0 };
+	unsigned int helpers;
 
 	w.n = n < HOLDS_MAX - 1 ? n : HOLDS_MAX - 1;
-	workers_run(&st->workers, (unsigned int)((w.n < s->threads ? w.n : s->threads) - 1), do_pieces, &w);
+	helpers = workers_ready(&st->workers, (unsigned int)((w.n < s->threads ? w.n : s->threads) - 1));
+	w.alone = !helpers;
+	workers_run(&st->workers, helpers, do_pieces, &w);
 	for (size_t i = 0; i < w.n; i++) {
 		if (!w.done[i])
 			continue;
@@ -251,6 +266,27 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 }
 
 /* ---- Carrying out ---- */
+
+/* Unlocks @s from @at on, which was locked and then not populated; but several threads may have got to a part of it. */
+static void take_back(struct stepper *st, const struct step *s, uint64_t at, struct outcome *o)
+{
+	uint64_t bytes = pace_bytes(&st->pace, PACE_UNLOCK) / PACER_CHUNK * PACER_CHUNK;
+
+	if (!bytes)
+		bytes = PACER_CHUNK;
+	while (at < s->r.end) {
+		uint64_t end = s->page_size > PACER_CHUNK || s->r.end - at < bytes ? s->r.end : at + bytes;
+		struct hold hold = hold_begin();
+
+		sys_munlock((struct range){ at, end });
+		hold_end(&hold);
+		if (o->n_holds < HOLDS_MAX)
+			o->holds[o->n_holds++] = hold.wall;
+		at = end;
+		if (at < s->r.end)
+			step_rest(st, hold.wall);
+	}
+}
 
 static void do_lock(struct stepper *st, const struct step *whole, struct outcome *o)
 {
@@ -284,7 +320,7 @@ static void do_lock(struct stepper *st, const struct step *whole, struct outcome
 		pace_learn(&st->pace, PACE_MARK, size, hold.wall, hold.cpu);
 	err = s->prefault ? do_populate(st, s, &end, o) : 0;
 	if (end < s->r.end && !foreign)
-		sys_munlock((struct range){ end, s->r.end });
+		take_back(st, s, end, o);
 	/* Populating has copied what was merged. */
 	if (end > s->r.start && !s->shared) {
 		int merging = -merging_lock(&st->merging, (struct range){ s->r.start, end });
@@ -410,19 +446,37 @@ static void relax(void)
 #endif
 }
 
-void step_rest(uint64_t ns)
+void stepper_look_at_policy(struct stepper *st)
+{
+	/* Of sched_getscheduler() some of QEMU's sandboxes would kill us. Field 41 of 52; the second can have any character. */
+	int fd = open("/proc/thread-self/stat", O_RDONLY | O_CLOEXEC);
+	char text[1024], *at = NULL;
+	int policy = SCHED_FIFO; /* as if, where it cannot be known: that harms nobody */
+
+	if (fd >= 0 && !smallfile_read(fd, text, sizeof(text)))
+		at = strrchr(text, ')');
+	for (int field = 2; at && field < 41; field++)
+		at = strchr(at + 1, ' ');
+	if (at)
+		policy = atoi(at + 1);
+	st->real_time = policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE;
+	fd_close(fd);
+}
+
+void step_rest(const struct stepper *st, uint64_t ns)
 {
 	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
 
-	if (gap > LONG_GAP_NS) {
+	if (st->real_time || gap > LONG_GAP_NS) {
 		struct timespec t = { 0, (long)gap };
 
 		nanosleep(&t, NULL);
 		return;
 	}
 	/*
-	 * Whoever waits for this processor has it now, and not in the midst of a hold. Sleeping would do that too, and costs
-	 * more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is long over.
+	 * Whoever waits for this processor may have it now, rather than in the midst of a hold. Sleeping would do that too, and
+	 * costs more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is
+	 * long over.
 	 */
 	sched_yield();
 	while (now_ns() < until)
