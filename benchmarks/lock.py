@@ -106,10 +106,12 @@ class Rounds:
         self.measure("main thread", lambda: vm.do("lock", whole, "main"))
         self.measure("idle", self.wait)
         # With a processor to spare: nobody asks and nothing maps, only the guest itself looks at its clock.
-        self.measure("ramlock alone", lambda: vm.guarantee(self.asked), inside=False)
+        alone = self.measure("ramlock alone", lambda: vm.guarantee(self.asked), inside=False)
+        self._like = (alone.wall, alone.cpu)
         self.measure("ramlock alone, lowering", lambda: vm.guarantee(0), inside=False, prepare=False)
         self.measure("own thread alone", lambda: vm.do("lock", whole), inside=False)
         self.measure("own thread alone, lowering", lambda: vm.do("unlock", whole), inside=False, prepare=False)
+        self.measure("spinner alone", self.spin, inside=False)
         self.measure("idle alone", self.wait, inside=False)
         if self.state == "cold":
             # The guest is idle here: QEMU's preallocation stops it, and would have its processor besides.

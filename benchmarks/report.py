@@ -138,8 +138,17 @@ def goals(run: Run) -> list[list[str]]:
         )
         ours, spins, idle = (run.pooled(way, watcher).percentile(99) for way in ("ramlock", "spinner", "idle"))
         rows.append([run.title, "... the same, p99", times(ours / spins), "", f"idle: {times(idle / spins)}"])
-    ours, idle = (run.pooled(way, "guest clock gap").percentile() for way in ("ramlock alone", "idle alone"))
-    judge("a processor to spare: guest clock gap, p99.9, against idle: within 1.5 x", ours / idle, ours <= 1.5 * idle)
+    # Nobody can do better than a thread that touches no memory; where that was not measured, one mlock() tells the same.
+    other = "spinner" if "spinner alone" in run.measured else "own thread"
+    ours, theirs, idle = (
+        run.pooled(way, "guest clock gap").percentile() for way in ("ramlock alone", f"{other} alone", "idle alone")
+    )
+    judge(
+        "a processor to spare: guest clock gap, p99.9, against idle: within 1.5 x",
+        ours / idle,
+        ours <= 1.5 * idle,
+        limit=(other, theirs / idle),
+    )
     value, limit = (
         run.ratio("own thread alone", "ramlock alone", wall),
         run.ratio("own thread alone", "ramlock alone", cpu),
