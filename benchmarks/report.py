@@ -138,7 +138,7 @@ def goals(run: Run) -> list[list[str]]:
         )
         ours, spins, idle = (run.pooled(way, watcher).percentile(99) for way in ("ramlock", "spinner", "idle"))
         rows.append([run.title, "... the same, p99", times(ours / spins), "", f"idle: {times(idle / spins)}"])
-    # Nobody can do better than a thread that touches no memory; where that was not measured, one mlock() tells the same.
+    # Nobody does better than a thread that touches no memory; where that was not measured, one mlock() tells as much.
     other = "spinner" if "spinner alone" in run.measured else "own thread"
     ours, theirs, idle = (
         run.pooled(way, "guest clock gap").percentile() for way in ("ramlock alone", f"{other} alone", "idle alone")
