@@ -197,7 +197,8 @@ def main() -> None:
         sys.exit("Only root may lock so much, set huge pages and make swap.\nRun make bench as root.")
     if options.kvm and (why := kvm.unusable()):
         sys.exit(f"KVM cannot be used here: {why}\nRun make bench without KVM=1 for figures of emulation (TCG).")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # settings of the host are put back
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # settings of the host are put back
     size, rounds = (GIB, 2) if options.quick else (int(options.size.rstrip("GgiB")) * GIB, options.rounds)
     folder = QUICK if options.quick else RESULTS
     with nullcontext() if options.quick else reporting.kept():

@@ -68,8 +68,10 @@ def _keep_one_of_each_block(memory: mmap.mmap) -> None:
         for at in range(0, len(memory), HUGE_PAGE):
             memory[at]  # its page table, which is allocated first lest it lie between the pages and keep some, too
         memory.madvise(MADV_POPULATE_WRITE)
+        pages = [*_lowest_of_each_block(memory), len(memory) // PAGE]
+        ORDER.write_text(str(MAX_ORDER))  # nothing was given back before, and this process may have been killed
         begin = 0
-        for page in [*_lowest_of_each_block(memory), len(memory) // PAGE]:
+        for page in pages:
             if page > begin:
                 memory.madvise(mmap.MADV_DONTNEED, begin * PAGE, (page - begin) * PAGE)
             begin = page + 1
@@ -88,7 +90,6 @@ def kept() -> Iterator[None]:
         return
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         try:
-            ORDER.write_text(str(MAX_ORDER))
             _keep_one_of_each_block(memory)
             yield
         finally:

@@ -476,7 +476,6 @@ static void wait_idle(struct locker *l)
 		pthread_cond_wait(&l->wake, &l->mutex);
 	else
 		clock_wait(&l->wake, &l->mutex, deadline);
-	stepper_look_at_policy(&l->stepper);
 }
 
 /*
@@ -507,8 +506,7 @@ void *locker_run(void *arg)
 	struct locker *l = arg;
 
 	prctl(PR_SET_NAME, "ramlock-lock");
-	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every sleep */
-	stepper_look_at_policy(&l->stepper);
+	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every gap */
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
 	while (!l->stop) {

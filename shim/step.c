@@ -6,30 +6,22 @@
  * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
  * same with worse holds. When both have returned 0, the pages were seen resident under a lock.
  *
- * Between two rests, work is sized to take about the hold budget (step_size). Locking and populating the same bytes
+ * Each of these system calls is sized to take about the hold budget (step_size). Locking and populating the same bytes
  * can differ by orders of magnitude, so a range is locked at once and populated in pieces, with a rest between them, by
  * one thread or several; it is at least a huge page, because a page that lies across the end of a lock cannot be huge.
- *
- * A piece is populated in glances, a few pages for each system call. A writer that finds mmap_lock held for reading spins
- * for 10 us before it goes to sleep (rwsem_rspin_threshold() in kernel/locking/rwsem.c, Linux 5.3 and newer), so it gets in where
- * one glance ends, and need not be woken: that takes a processor that was asleep longer than any rest, and up to a tick
- * where the processor is taken. The rests are for those that sleep all the same.
  */
 #include "step.h"
 
 #include "clock.h"
 #include "fd.h"
 #include "residency.h"
-#include "smallfile.h"
 #include "syscalls.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <sched.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -40,7 +32,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, LANE = 4 * PACER_CHUNK };
+enum { PAGE = 4096 };
 
 static void *address(struct range r)
 {
@@ -85,24 +77,22 @@ static void explain_rlimit(struct outcome *o, uint64_t limit)
 		 limit / 1024);
 }
 
-/* Makes the pages of @r resident and writable, @glance bytes at a time. Returns 0 or -errno. */
-static int populate(struct stepper *st, struct range r, uint64_t glance)
+/* Makes the pages of @r resident and writable. Returns 0 or -errno. */
+static int populate(struct stepper *st, struct range r)
 {
 	int advice = MADV_POPULATE_WRITE;
 
-	while (r.start < r.end && !st->no_populate) {
-		uint64_t size = range_size(r) < glance ? range_size(r) : glance;
-
-		if (!madvise(address(r), size, advice))
-			r.start += size;
-		else if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
+	while (!st->no_populate) {
+		if (!madvise(address(r), range_size(r), advice))
+			return 0;
+		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
 			advice = MADV_POPULATE_READ; /* a mapping that may not be written, or a kernel that knows neither */
 		else if (errno == EINVAL)
 			st->no_populate = true;
 		else if (errno != EINTR && errno != EAGAIN)
 			return -errno;
 	}
-	return r.start < r.end ? -sys_mlock2(r, 0) : 0;
+	return -sys_mlock2(r, 0);
 }
 
 static void explain_errno(struct stepper *st, int err, const struct step *s, const char *doing, struct outcome *o)
@@ -129,7 +119,7 @@ static void explain_errno(struct stepper *st, int err, const struct step *s, con
 	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
 }
 
-/* How long a system call, or a piece, took. */
+/* How long a system call took. */
 struct hold {
 	uint64_t wall, cpu; /* ns */
 };
@@ -152,7 +142,6 @@ struct piecework {
 	const struct step *s;
 	atomic_size_t next; /* the piece to be taken next */
 	atomic_int err; /* the first failure, as errno */
-	bool alone; /* one thread does it all */
 	size_t n;
 	bool done[HOLDS_MAX];
 	struct hold holds[HOLDS_MAX];
@@ -167,50 +156,24 @@ static struct range piece_at(const struct step *s, size_t i)
 	return r;
 }
 
-/* How many pieces each thread has for itself, next to each other: neighbours would wait for the lock of a shared page table. */
-static size_t lane_of(const struct step *s)
-{
-	return s->threads > 1 && s->piece < LANE ? LANE / s->piece : 1;
-}
-
-/* The piece that comes at @turn. */
-static size_t piece_of(const struct step *s, size_t turn)
-{
-	size_t lane = lane_of(s), all = lane * s->threads, at = turn % all;
-
-	return turn - at + at % s->threads * lane + at / s->threads;
-}
-
 static void do_pieces(void *arg)
 {
 	struct piecework *w = arg;
-	const struct step *s = w->s;
-	/* Of several threads one has the lock whenever the other lets go of it, so nothing is gained by glances. */
-	const uint64_t glance = w->alone ? s->glance : s->piece;
-	const size_t all = lane_of(s) * s->threads, turns = (w->n + all - 1) / all * all;
-	/*
-	 * A quarter of the usual rest is for the few who have gone to sleep: the others get in after a glance. And beside
-	 * another thread a reader that comes back behind a waiting writer queues (rwsem_down_read_slowpath()).
-	 */
-	const uint64_t rest = glance < s->piece || !w->alone ? 4 : 1;
-	size_t turn;
+	size_t i;
 
-	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < turns) {
-		size_t i = piece_of(s, turn);
+	while (!atomic_load(&w->err) && (i = atomic_fetch_add(&w->next, 1)) < w->n) {
 		int err;
 
-		if (i >= w->n)
-			continue;
-		if (turn && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
+		if (i && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
 			return;
 		w->holds[i] = hold_begin();
-		err = -populate(w->st, piece_at(s, i), glance);
+		err = -populate(w->st, piece_at(w->s, i));
 		hold_end(&w->holds[i]);
 		w->done[i] = !err;
 		if (err)
 			atomic_store(&w->err, err);
-		else if (turn + 1 < turns)
-			step_rest(w->st, w->holds[i].wall / rest);
+		else if (i + 1 < w->n)
+			step_rest(w->st, w->holds[i].wall);
 	}
 }
 
@@ -228,13 +191,13 @@ static void learn_populate(struct stepper *st, const struct step *s, uint64_t by
 		pace_learn(&st->pace, PACE_FILL, (uint64_t)((double)bytes * (1 - present)), sum->wall, sum->cpu);
 }
 
-/* Looks whether what was absent has become huge pages: at the first that could be one. */
+/* Looks whether small pieces, from @s's start to @end, have become huge pages all the same. */
 static void note_huge(struct stepper *st, const struct step *s, uint64_t end)
 {
-	uint64_t start = (s->r.start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK;
+	const struct range filled = { s->r.start, end };
 
-	if (s->page_size < PACER_CHUNK && s->present < s->looked && start + PACER_CHUNK <= end)
-		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, (struct range){ start, start + PACER_CHUNK }, 1);
+	if (s->piece <= PACER_CHUNK && s->page_size < PACER_CHUNK && s->present < s->looked && end > s->r.start)
+		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, filled, 1);
 }
 
 /* Populates @s from its start as far as it gets; *end is how far. Returns 0 or an errno. */
@@ -244,12 +207,9 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 	size_t n = (size_t)((range_size(s->r) + s->piece - 1) / s->piece), done = 0;
 	uint64_t bytes = 0;
 	struct hold sum = { 0, 0 };
-	unsigned int helpers;
 
 	w.n = n < HOLDS_MAX - 1 ? n : HOLDS_MAX - 1;
-	helpers = workers_ready(&st->workers, (unsigned int)((w.n < s->threads ? w.n : s->threads) - 1));
-	w.alone = !helpers;
-	workers_run(&st->workers, helpers, do_pieces, &w);
+	workers_run(&st->workers, (unsigned int)((w.n < s->threads ? w.n : s->threads) - 1), do_pieces, &w);
 	for (size_t i = 0; i < w.n; i++) {
 		if (!w.done[i])
 			continue;
@@ -266,27 +226,6 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 }
 
 /* ---- Carrying out ---- */
-
-/* Unlocks @s from @at on, which was locked and then not populated; but several threads may have got to a part of it. */
-static void take_back(struct stepper *st, const struct step *s, uint64_t at, struct outcome *o)
-{
-	uint64_t bytes = pace_bytes(&st->pace, PACE_UNLOCK) / PACER_CHUNK * PACER_CHUNK;
-
-	if (!bytes)
-		bytes = PACER_CHUNK;
-	while (at < s->r.end) {
-		uint64_t end = s->page_size > PACER_CHUNK || s->r.end - at < bytes ? s->r.end : at + bytes;
-		struct hold hold = hold_begin();
-
-		sys_munlock((struct range){ at, end });
-		hold_end(&hold);
-		if (o->n_holds < HOLDS_MAX)
-			o->holds[o->n_holds++] = hold.wall;
-		at = end;
-		if (at < s->r.end)
-			step_rest(st, hold.wall);
-	}
-}
 
 static void do_lock(struct stepper *st, const struct step *whole, struct outcome *o)
 {
@@ -320,7 +259,7 @@ static void do_lock(struct stepper *st, const struct step *whole, struct outcome
 		pace_learn(&st->pace, PACE_MARK, size, hold.wall, hold.cpu);
 	err = s->prefault ? do_populate(st, s, &end, o) : 0;
 	if (end < s->r.end && !foreign)
-		take_back(st, s, end, o);
+		sys_munlock((struct range){ end, s->r.end });
 	/* Populating has copied what was merged. */
 	if (end > s->r.start && !s->shared) {
 		int merging = -merging_lock(&st->merging, (struct range){ s->r.start, end });
@@ -436,49 +375,14 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 	}
 }
 
-/* Tells the processor that this thread waits for another one. */
-static void relax(void)
+void step_rest(struct stepper *st, uint64_t ns)
 {
-#if defined(__x86_64__)
-	__builtin_ia32_pause();
-#elif defined(__aarch64__)
-	__asm__ volatile("yield");
-#endif
-}
+	uint64_t gap = pacer_gap(ns), over = st->oversleep_ns, ask = gap > over + 1 ? gap - over : 1, slept = now_ns();
+	struct timespec t = { 0, (long)ask };
 
-void stepper_look_at_policy(struct stepper *st)
-{
-	/* Of sched_getscheduler() some of QEMU's sandboxes would kill us. Field 41 of 52; the second can have any character. */
-	int fd = open("/proc/thread-self/stat", O_RDONLY | O_CLOEXEC);
-	char text[1024], *at = NULL;
-	int policy = SCHED_FIFO; /* as if, where it cannot be known: that harms nobody */
-
-	if (fd >= 0 && !smallfile_read(fd, text, sizeof(text)))
-		at = strrchr(text, ')');
-	for (int field = 2; at && field < 41; field++)
-		at = strchr(at + 1, ' ');
-	if (at)
-		policy = atoi(at + 1);
-	st->real_time = policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE;
-	fd_close(fd);
-}
-
-void step_rest(const struct stepper *st, uint64_t ns)
-{
-	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
-
-	if (st->real_time || gap > LONG_GAP_NS) {
-		struct timespec t = { 0, (long)gap };
-
-		nanosleep(&t, NULL);
-		return;
-	}
-	/*
-	 * Whoever waits for this processor may have it now, rather than in the midst of a hold. Sleeping would do that too, and
-	 * costs more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is
-	 * long over.
-	 */
-	sched_yield();
-	while (now_ns() < until)
-		relax();
+	nanosleep(&t, NULL);
+	slept = now_ns() - slept;
+	/* An eighth at a time: one long sleep on a busy machine says little. Threads may both write: either will do. */
+	over = slept > ask ? slept - ask : 0;
+	st->oversleep_ns = st->oversleep_ns - st->oversleep_ns / 8 + (over < gap ? over : gap) / 8;
 }

@@ -48,18 +48,14 @@ struct step {
 	bool fills; /* pages that are absent are filled because they lie between resident ones */
 	unsigned int threads; /* that populate */
 	/* What step_size() finds and decides. */
-	uint64_t piece; /* bytes that one thread populates between two rests */
-	uint64_t glance; /* ... with one system call, when it is alone */
+	uint64_t piece; /* bytes that one thread populates at a time */
 	bool huge; /* to be unlocked: all of it is in huge pages */
 	uint64_t present, swapped; /* bytes, of `looked` bytes */
 	uint64_t looked;
 };
 
-/*
- * A step has 24 pieces for each thread, so that it is worth its other system calls and a wait for each other at its end;
- * or all those of one chunk. And one hold is the lock's.
- */
-enum { PIECES_PER_THREAD = 24, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) + PACER_CHUNK / PACER_CHUNK_MIN + 1 };
+/* System calls of one step at most: a step is worth taking for eight pieces by each thread, see step_size(). */
+enum { PIECES_PER_THREAD = 8, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) + PACER_CHUNK / PACER_CHUNK_MIN + 1 };
 
 /* What a step came to. */
 struct outcome {
@@ -67,7 +63,7 @@ struct outcome {
 	struct range done; /* what of the step's range is done; the rest is as it was */
 	bool foreign; /* `done` was locked already, by somebody else */
 	uint64_t filled; /* bytes that were absent, where the step fills */
-	uint64_t holds[HOLDS_MAX]; /* how long each piece, and each system call that is none of a piece's, took, in ns */
+	uint64_t holds[HOLDS_MAX]; /* how long each system call took, in ns */
 	size_t n_holds;
 	char text[SHORT_TEXT]; /* why not */
 };
@@ -76,7 +72,7 @@ struct stepper {
 	struct headroom headroom;
 	struct pace pace; /* the lock thread's alone */
 	struct workers workers;
-	atomic_bool cancel; /* the step in flight is to end after the pieces in flight */
+	atomic_bool cancel; /* the step in flight is to end after the system call in flight */
 	int pagemap; /* /proc/self/pagemap */
 	struct merging merging;
 	struct hugepages hugepages;
@@ -89,9 +85,9 @@ struct stepper {
 	uint64_t pin_nodes; /* as credit_nodes */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
+	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
-	bool real_time; /* this thread goes before others until it sleeps */
-	bool fills_huge; /* what was absent became huge pages lately: so each system call is for one of them at least */
+	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };
 
 void stepper_init(struct stepper *st);
@@ -112,10 +108,7 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o);
 /* Carries out @s, which was admitted. */
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o);
 
-/* Looks at the scheduling policy of the calling thread, which somebody may have changed. */
-void stepper_look_at_policy(struct stepper *st);
-
 /* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. */
-void step_rest(const struct stepper *st, uint64_t ns);
+void step_rest(struct stepper *st, uint64_t ns);
 
 #endif
