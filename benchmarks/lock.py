@@ -16,8 +16,8 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,17 +39,6 @@ KINDS = {
     "swapped": ("never", "swapped", 0.25),
 }
 Work = Callable[[], tuple[float, float]]
-
-
-@contextmanager
-def huge_pages(value: str) -> Iterator[None]:
-    """The host's setting, put back afterwards."""
-    former = THP.read_text().split("[")[1].split("]")[0]
-    THP.write_text(value)
-    try:
-        yield
-    finally:
-        THP.write_text(former)
 
 
 class Rounds:
@@ -142,7 +131,7 @@ def run(folder: Path, kind: str, size: int, rounds: int, accel: str, more: bool)
     pages, state, part = KINDS[kind]
     size = int(size * part) // GIB * GIB or GIB
     with ExitStack() as stack:
-        stack.enter_context(huge_pages(pages))
+        stack.enter_context(reporting.setting(THP, pages))
         if state == "swapped":
             stack.enter_context(Zram(2 * size))
         if accel == "kvm":

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ramlock import host
+
 ORDER = Path("/sys/module/page_reporting/parameters/page_reporting_order")
 MAX_ORDER = 10
 PAGE, HUGE_PAGE = 4096, 2 << 20
@@ -43,28 +45,23 @@ def _lowest_of_each_block(memory: mmap.mmap) -> list[int]:
     return sorted(page for _, page in lowest.values())
 
 
-def _available() -> int:
-    """Bytes that can be had."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-
-
 @contextmanager
-def _first_to_go() -> Iterator[None]:
-    """Meanwhile this process is what the kernel kills if memory runs out."""
-    score = Path("/proc/self/oom_score_adj")
-    former = score.read_text()
-    score.write_text("1000")
+def setting(path: Path, value: str) -> Iterator[None]:
+    """A setting of the host's or of this process's, put back afterwards."""
+    former = path.read_text().strip()
+    # "always [madvise] never": the one in brackets is set.
+    former = former.split("[")[1].split("]")[0] if "[" in former else former
+    path.write_text(value)
     try:
         yield
     finally:
-        score.write_text(former)
+        path.write_text(former)
 
 
 def _keep_one_of_each_block(memory: mmap.mmap) -> None:
     """Fills the memory and gives back all of it but a page of each block."""
     memory.madvise(mmap.MADV_NOHUGEPAGE)
-    with _first_to_go():
+    with setting(Path("/proc/self/oom_score_adj"), "1000"):  # it is this process that is killed if memory runs out
         for at in range(0, len(memory), HUGE_PAGE):
             memory[at]  # its page table, which is allocated first lest it lie between the pages and keep some, too
         memory.madvise(MADV_POPULATE_WRITE)
@@ -84,7 +81,8 @@ def kept() -> Iterator[None]:
     Does nothing where nothing is reported: no such device, or the largest blocks only.
     """
     former = int(ORDER.read_text()) if ORDER.exists() else MAX_ORDER
-    size = (_available() - SPARED) // HUGE_PAGE * HUGE_PAGE
+    facts = host.memory()
+    size = ((facts.available if facts else 0) - SPARED) // HUGE_PAGE * HUGE_PAGE
     if not 0 <= former < MAX_ORDER or size <= 0:
         yield
         return

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from ramlock import procfs
-from ramlock.errors import NoPermission, NotFound, Refused, VmGone
+from ramlock.errors import NoPermission, Refused, VmGone
 
 _MAPS_MOST = 32 << 20
 _LINE = re.compile(
@@ -88,7 +88,7 @@ class Memory:
                 f"no permission to read the memory of process {pid}", "run ramlock as root or as the user of the VM"
             ) from None
         except OSError:
-            raise NotFound(f"there is no process {pid}", "see the running VMs with: ramlock list") from None
+            raise procfs.no_process(pid) from None
 
     def __enter__(self) -> Self:
         return self

@@ -100,7 +100,7 @@ def read(pid: int, proc: Path = PROC, *, cmdline: bool = True) -> Process:
             cmdline=_cmdline(pid, proc) if cmdline else (),
         )
     except (FileNotFoundError, ProcessLookupError):
-        raise _no_process(pid) from None
+        raise no_process(pid) from None
     except PermissionError:
         raise NoPermission(f"process {pid} may not be looked at", "run ramlock as root or as the VM's user") from None
 
@@ -155,7 +155,7 @@ def _limit(pid: int | str, name: str, proc: Path) -> tuple[int | None, int | Non
     try:
         text = _bytes(proc / str(pid) / "limits").decode("ascii", "replace")
     except OSError:
-        raise _no_process(pid) from None
+        raise no_process(pid) from None
     match = re.search(rf"^{name}\s+(\S+)\s+(\S+)", text, re.MULTILINE)
     if match is None:
         return None, None
@@ -373,7 +373,7 @@ class Pin:
         try:
             self._fd = os.pidfd_open(pid)
         except OSError:
-            raise _no_process(pid) from None
+            raise no_process(pid) from None
 
     @property
     def alive(self) -> bool:
@@ -397,7 +397,8 @@ def gone(pid: int) -> VmGone:
     return VmGone(f"the VM (pid {pid}) has ended", "look into QEMU's own log for why")
 
 
-def _no_process(pid: int | str) -> NotFound:
+def no_process(pid: int | str) -> NotFound:
+    """Return the error for a process that is not there."""
     return NotFound(f"there is no process {pid}", "see the running VMs with: ramlock list")
 
 
@@ -406,7 +407,7 @@ def _status_of(pid: int | str, proc: Path) -> dict[str, str]:
     try:
         return _status(_bytes(proc / str(pid) / "status"))
     except OSError:
-        raise _no_process(pid) from None
+        raise no_process(pid) from None
 
 
 def _bytes(path: Path) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ramlock import policy, reconcile, survey
-from ramlock.commands.common import emit, read_seconds
+from ramlock.commands.common import emit, seconds_option
 from ramlock.deadline import Deadline
 from ramlock.errors import Interrupted, NoPermission, RamlockError, UsageError, VmGone
 from ramlock.policy import Plan, Step
@@ -23,15 +23,7 @@ WAIT_TIME = 300.0
 @click.option("--dry-run", is_flag=True, help="Print the plan, and change nothing.")
 @click.option("--prune", is_flag=True, help="Also take the guarantee from VMs that the policy does not name.")
 @click.option("--wait", is_flag=True, help="Wait until every guarantee is reached, not only set.")
-@click.option(
-    "--timeout",
-    type=float,
-    default=WAIT_TIME,
-    show_default=True,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="How long --wait waits, also for memory that is short.",
-)
+@seconds_option("--timeout", "How long --wait waits, also for memory that is short.", WAIT_TIME)
 def command(file: Path, dry_run: bool, prune: bool, wait: bool, timeout: float) -> None:
     """Give every VM of this host what a policy says.
 

@@ -50,17 +50,22 @@ def read_seconds(ctx: click.Context, param: click.Parameter, value: float | None
     return value
 
 
-def answer_time_option(seconds: float) -> Callable[[F], F]:
-    """Take how long all VMs of the host together have to answer; `seconds` unless said."""
+def seconds_option(name: str, text: str, default: float | None = None) -> Callable[[F], F]:
+    """Take a time in seconds as `name`, which `text` explains; `default` unless said."""
     return click.option(
-        "--timeout",
+        name,
         type=float,
-        default=seconds,
+        default=default,
         show_default=True,
         callback=read_seconds,
         metavar="SECONDS",
-        help="How long to wait for VMs that do not answer.",
+        help=text,
     )
+
+
+def answer_time_option(seconds: float) -> Callable[[F], F]:
+    """Take how long all VMs of the host together have to answer; `seconds` unless said."""
+    return seconds_option("--timeout", "How long to wait for VMs that do not answer.", seconds)
 
 
 class _SocketPath(click.Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ramlock.commands.common import read_seconds
+from ramlock.commands.common import seconds_option
 from ramlock.daemon import EVERY, Daemon
 from ramlock.notify import Notifier
 from ramlock.text import printable
@@ -16,15 +16,7 @@ from ramlock.text import printable
 
 @click.command()
 @click.option("--policy", "file", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The policy.")
-@click.option(
-    "--interval",
-    type=float,
-    default=EVERY,
-    show_default=True,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="How often all VMs are looked at; one that comes is seen within a second or two.",
-)
+@seconds_option("--interval", "How often all VMs are looked at; one that comes is seen within a second or two.", EVERY)
 def command(file: Path, interval: float) -> None:
     """Keep every VM of this host as a policy says.
 

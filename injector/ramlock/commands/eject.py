@@ -4,21 +4,13 @@
 import click
 
 from ramlock.api import VM
-from ramlock.commands.common import emit, one_vm_options, read_seconds
+from ramlock.commands.common import emit, one_vm_options, seconds_option
 from ramlock.vms import Selector
 
 
 @click.command()
 @one_vm_options
-@click.option(
-    "--timeout",
-    type=float,
-    default=30.0,
-    show_default=True,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="How long it may take to unlock everything.",
-)
+@seconds_option("--timeout", "How long it may take to unlock everything.", 30.0)
 def command(pid: int | None, vm: str | None, timeout: float) -> None:
     """Take the shim out of a VM that runs.
 

@@ -15,8 +15,8 @@ from ramlock.commands.common import (
     lock_options,
     monitor_option,
     one_vm_options,
-    read_seconds,
     read_size,
+    seconds_option,
     which_vm,
 )
 from ramlock.deadline import Deadline
@@ -41,15 +41,7 @@ def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None
 @follow_discards_option
 @monitor_option
 @click.option("--wait/--no-wait", default=True, help="Wait until the guarantee is locked (default), or return at once.")
-@click.option(
-    "--timeout",
-    type=float,
-    default=2.0,
-    show_default=True,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="How long to wait for QEMU's main thread to be idle.",
-)
+@seconds_option("--timeout", "How long to wait for QEMU's main thread to be idle.", 2.0)
 @click.option(
     "--allow-seccomp",
     is_flag=True,

@@ -16,8 +16,8 @@ from ramlock.commands.common import (
     force_option,
     json_option,
     lock_options,
-    read_seconds,
     read_size,
+    seconds_option,
     selector,
     vm_options,
     warn,
@@ -33,13 +33,7 @@ from ramlock.sizes import Size, format_size
 @vm_options
 @lock_options
 @click.option("--wait/--no-wait", default=True, help="Wait until it is locked (default), or return at once.")
-@click.option(
-    "--timeout",
-    type=float,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="Wait no longer than this, and also wait out a shortage.",
-)
+@seconds_option("--timeout", "Wait no longer than this, and also wait out a shortage.")
 @force_option
 @json_option
 def command(

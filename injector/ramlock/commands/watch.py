@@ -21,7 +21,7 @@ import click
 
 from ramlock.api import VM
 from ramlock.commands import screen
-from ramlock.commands.common import read_seconds
+from ramlock.commands.common import seconds_option
 from ramlock.control import Event
 from ramlock.errors import RamlockError, VmGone
 from ramlock.sizes import format_size
@@ -39,15 +39,7 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @click.option(
     "--vm", "names", multiple=True, metavar="NAME", help="Only VMs of this name, pattern or UUID; repeatable."
 )
-@click.option(
-    "--interval",
-    type=float,
-    default=1.0,
-    show_default=True,
-    callback=read_seconds,
-    metavar="SECONDS",
-    help="How often all VMs are asked; what shims tell is shown as it comes.",
-)
+@seconds_option("--interval", "How often all VMs are asked; what shims tell is shown as it comes.", 1.0)
 def command(names: tuple[str, ...], interval: float) -> None:
     """Watch what is locked, as it happens.
 
