@@ -27,7 +27,7 @@ static void close_levels(struct cgroups *c)
 {
 	for (unsigned int i = 0; i < c->n_levels; i++) {
 		const struct cgroup_level *l = &c->levels[i];
-		const int fds[] = { l->limit, l->high, l->usage, l->stat, l->swap_limit, l->swap_usage };
+		const int fds[] = { l->limit, l->high, l->usage, l->stat, l->swap_limit, l->swap_usage, l->events };
 
 		for (size_t j = 0; j < sizeof(fds) / sizeof(fds[0]); j++)
 			fd_close(fds[j]);
@@ -47,6 +47,7 @@ static int open_level(struct cgroup_level *level, const char *dir, bool v1)
 	level->stat = smallfile_open(dir, "memory.stat");
 	level->swap_limit = smallfile_open(dir, v1 ? "memory.memsw.limit_in_bytes" : "memory.swap.max");
 	level->swap_usage = smallfile_open(dir, v1 ? "memory.memsw.usage_in_bytes" : "memory.swap.current");
+	level->events = smallfile_open(dir, v1 ? "memory.failcnt" : "memory.events");
 	return 0;
 }
 
@@ -169,8 +170,7 @@ static void open_all(struct cgroups *c)
 	}
 }
 
-/* A cgroup's number; "max" is UINT64_MAX. Returns 0 or -errno. */
-static int read_number(int fd, uint64_t *out)
+int cgroup_number(int fd, uint64_t *out)
 {
 	char text[64];
 	int err = smallfile_read(fd, text, sizeof(text));
@@ -178,10 +178,12 @@ static int read_number(int fd, uint64_t *out)
 	if (err)
 		return err;
 	*out = strncmp(text, "max", 3) ? strtoull(text, NULL, 10) : UINT64_MAX;
+	if (*out >= (uint64_t)INT64_MAX / 2) /* v1 says "none" with a number close to 2^63 */
+		*out = UINT64_MAX;
 	return 0;
 }
 
-static uint64_t stat_value(const char *stat, bool v1, const char *key)
+uint64_t cgroup_stat(const char *stat, bool v1, const char *key)
 {
 	char name[64];
 	uint64_t value;
@@ -196,14 +198,14 @@ static bool read_swap(const struct cgroup_level *level, uint64_t usage, struct e
 {
 	uint64_t limit, used;
 
-	if (read_number(level->swap_limit, &limit) || read_number(level->swap_usage, &used))
+	if (cgroup_number(level->swap_limit, &limit) || cgroup_number(level->swap_usage, &used))
 		return false;
 	e->swap = limit > used ? limit - used : 0;
 	e->swapped = !level->v1 ? used : used > usage ? used - usage : 0;
 	return true;
 }
 
-static uint64_t reserve_of(uint64_t limit)
+uint64_t cgroup_reserve(uint64_t limit)
 {
 	return limit / 16 > 64 * MIB ? limit / 16 : 64 * MIB;
 }
@@ -217,29 +219,27 @@ static int read_level(const struct cgroup_level *level, uint64_t swap_free, uint
 {
 	char stat[16384];
 	uint64_t high, usage;
-	int err = read_number(level->limit, limit);
+	int err = cgroup_number(level->limit, limit);
 
 	*e = (struct evictable){ .free = 0 };
 	*inactive_file = 0;
 	if (!err)
-		err = read_number(level->usage, &usage);
+		err = cgroup_number(level->usage, &usage);
 	if (err)
 		return err;
-	if (level->high >= 0 && !read_number(level->high, &high) && high < *limit)
+	if (level->high >= 0 && !cgroup_number(level->high, &high) && high < *limit)
 		*limit = high;
-	if (*limit >= (uint64_t)INT64_MAX / 2) { /* v1 says "none" with a number close to 2^63 */
-		*limit = UINT64_MAX;
+	if (*limit == UINT64_MAX)
 		return 0;
-	}
 	e->free = *limit > usage ? *limit - usage : 0;
 	if (!read_swap(level, usage, e))
 		e->swap = swap_unknown;
 	if (e->swap > swap_free)
 		e->swap = swap_free;
 	if (!smallfile_read(level->stat, stat, sizeof(stat))) {
-		*inactive_file = stat_value(stat, level->v1, "inactive_file");
-		e->file = *inactive_file + stat_value(stat, level->v1, "active_file");
-		e->anon = stat_value(stat, level->v1, "inactive_anon") + stat_value(stat, level->v1, "active_anon");
+		*inactive_file = cgroup_stat(stat, level->v1, "inactive_file");
+		e->file = *inactive_file + cgroup_stat(stat, level->v1, "active_file");
+		e->anon = cgroup_stat(stat, level->v1, "inactive_anon") + cgroup_stat(stat, level->v1, "active_anon");
 	}
 	return 0;
 }
@@ -261,7 +261,7 @@ static uint64_t level_left(const struct cgroup_level *level, uint64_t swap_free,
 	left = e.free + inactive_file + (e.anon < e.swap ? e.anon : e.swap) / 2;
 	if (left > limit)
 		left = limit;
-	reserve = reserve_of(limit);
+	reserve = cgroup_reserve(limit);
 	left = left > reserve ? left - reserve : 0;
 	most = evictable_beyond_cushion(&e);
 	return left < most ? left : most;
@@ -274,7 +274,7 @@ static uint64_t level_pinnable(const struct cgroup_level *level, uint64_t swap_f
 
 	if (read_level(level, swap_free, UINT64_MAX, &e, &inactive_file, &limit))
 		return 0;
-	return limit == UINT64_MAX ? UINT64_MAX : evictable_pinnable(&e, reserve_of(limit), of_file);
+	return limit == UINT64_MAX ? UINT64_MAX : evictable_pinnable(&e, cgroup_reserve(limit), of_file);
 }
 
 uint64_t evictable_beyond_cushion(const struct evictable *e)
@@ -297,29 +297,31 @@ uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of
 	return left < most ? left : most;
 }
 
-/* Whether the process is still in the cgroups whose files are open. */
-static bool has_moved(const struct cgroups *c)
+void cgroups_follow(struct cgroups *c)
 {
 	char now[sizeof(c->memberships)];
 
-	return c->membership >= 0 && (smallfile_read(c->membership, now, sizeof(now)) || strcmp(now, c->memberships));
+	if (c->membership >= 0 && (smallfile_read(c->membership, now, sizeof(now)) || strcmp(now, c->memberships)))
+		open_all(c);
 }
 
 void cgroups_init(struct cgroups *c)
 {
-	*c = (struct cgroups){ .root = "", .membership = -1 };
+	*c = (struct cgroups){ .root = "", .membership = -1, .lru_gen = -1 };
 }
 
 void cgroups_open(struct cgroups *c, const char *root)
 {
 	c->root = root;
 	c->membership = smallfile_open(root, "proc/self/cgroup");
+	c->lru_gen = smallfile_open(root, "sys/kernel/mm/lru_gen/enabled");
 	open_all(c);
 }
 
 void cgroups_deinit(struct cgroups *c)
 {
 	fd_close(c->membership);
+	fd_close(c->lru_gen);
 	close_levels(c);
 	cgroups_init(c);
 }
@@ -330,8 +332,7 @@ static uint64_t tightest(struct cgroups *c, uint64_t swap_free, bool of_file,
 {
 	uint64_t least = UINT64_MAX;
 
-	if (has_moved(c))
-		open_all(c);
+	cgroups_follow(c);
 	if (!c->known)
 		return 0;
 	for (unsigned int i = 0; i < c->n_levels; i++) {

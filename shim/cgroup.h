@@ -16,7 +16,9 @@ struct cgroup_level {
 	int stat; /* memory.stat */
 	int swap_limit; /* memory.swap.max, or v1 memory.memsw.limit_in_bytes, which is for memory and swap together */
 	int swap_usage; /* memory.swap.current, or v1 memory.memsw.usage_in_bytes */
+	int events; /* memory.events, or v1 memory.failcnt: it was at its limit */
 	bool v1;
+	uint64_t n_events; /* ... so often, at the last cgroups_freshen() */
 };
 
 /*
@@ -30,6 +32,7 @@ struct cgroups {
 	struct cgroup_level levels[CGROUP_DEPTH_MAX];
 	unsigned int n_levels;
 	bool known; /* false: there may be limits that we cannot see */
+	int lru_gen; /* /sys/kernel/mm/lru_gen/enabled */
 };
 
 void cgroups_init(struct cgroups *c);
@@ -66,5 +69,26 @@ uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of
 
 /* The same of the tightest cgroup: UINT64_MAX without a limit, 0 when it cannot be known. */
 uint64_t cgroups_pinnable(struct cgroups *c, uint64_t swap_free, bool of_file);
+
+/*
+ * Where a cgroup is at its limit, has the kernel bring its statistics of it up to date, without which it may kill although there
+ * is something to swap out, see freshen.c. Returns after how many ns it is to be called again; UINT64_MAX when that is not
+ * urgent: limits may change, so after some seconds.
+ */
+uint64_t cgroups_freshen(struct cgroups *c);
+
+/* ---- For cgroup.c and freshen.c ---- */
+
+/* Opens the files again if the process has moved. */
+void cgroups_follow(struct cgroups *c);
+
+/* Reads a number; "max" is UINT64_MAX, and so is what v1 says for none. Returns 0 or -errno. */
+int cgroup_number(int fd, uint64_t *out);
+
+/* The counter @key in the text of memory.stat, children included; 0 when it is not there. */
+uint64_t cgroup_stat(const char *stat, bool v1, const char *key);
+
+/* What is not to be used of a limit. */
+uint64_t cgroup_reserve(uint64_t limit);
 
 #endif

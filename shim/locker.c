@@ -459,11 +459,27 @@ static void carry_out(struct locker *l, struct step *s)
 	pthread_mutex_lock(&l->mutex);
 }
 
-/* When to look by ourselves at what is held, or was given back. */
+/* When the cgroups are to be looked at, between steps: while nothing is held, we do them no harm. */
+static uint64_t freshen_deadline(const struct locker *l)
+{
+	return l->books.held.total ? l->stepper.freshen_ns : UINT64_MAX;
+}
+
+/* With the mutex given up meanwhile. */
+static void freshen(struct locker *l)
+{
+	pthread_mutex_unlock(&l->mutex);
+	step_freshen(&l->stepper);
+	pthread_mutex_lock(&l->mutex);
+}
+
+/* When to look by ourselves at what is held, was given back, or is about to be reclaimed. */
 static uint64_t next_deadline(struct locker *l)
 {
-	uint64_t upkeep = upkeep_deadline(l), follow = follow_deadline(l);
+	uint64_t upkeep = upkeep_deadline(l), follow = follow_deadline(l), fresh = freshen_deadline(l);
 
+	if (fresh < follow)
+		follow = fresh;
 	return upkeep < follow ? upkeep : follow;
 }
 
@@ -489,8 +505,13 @@ static void wait_short(struct locker *l)
 
 	while (!l->stop && !l->look_again && generation == l->generation && layout_generation == l->layout_generation &&
 	       !upkeep_is_due(l) && follow_deadline(l) > now_ns()) {
-		uint64_t sooner = next_deadline(l);
+		uint64_t sooner;
 
+		if (freshen_deadline(l) <= now_ns()) {
+			freshen(l); /* that alone is no reason to try again */
+			continue;
+		}
+		sooner = next_deadline(l);
 		if (sooner > deadline)
 			sooner = deadline;
 		if (clock_wait(&l->wake, &l->mutex, sooner) == ETIMEDOUT && sooner == deadline)
@@ -519,6 +540,11 @@ void *locker_run(void *arg)
 		}
 		if (upkeep_is_due(l)) {
 			upkeep_run(l);
+			l->stepper.freshen_ns = 0; /* limits may have been changed */
+			continue;
+		}
+		if (freshen_deadline(l) <= now_ns()) {
+			freshen(l);
 			continue;
 		}
 		choose(l, &s);

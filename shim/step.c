@@ -166,6 +166,7 @@ static void do_pieces(void *arg)
 
 		if (i && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
 			return;
+		step_freshen(w->st);
 		w->holds[i] = hold_begin();
 		err = -populate(w->st, piece_at(w->s, i));
 		hold_end(&w->holds[i]);
@@ -373,6 +374,19 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 	case STEP_SUSPENDED:
 		assert(!"nothing to carry out");
 	}
+}
+
+void step_freshen(struct stepper *st)
+{
+	uint64_t ns;
+
+	if (atomic_flag_test_and_set(&st->freshening))
+		return;
+	if (now_ns() >= st->freshen_ns) {
+		ns = cgroups_freshen(&st->headroom.cgroups);
+		st->freshen_ns = ns == UINT64_MAX ? ns : now_ns() + ns;
+	}
+	atomic_flag_clear(&st->freshening);
 }
 
 void step_rest(struct stepper *st, uint64_t ns)

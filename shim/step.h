@@ -86,6 +86,8 @@ struct stepper {
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
 	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */
+	uint64_t freshen_ns; /* CLOCK_MONOTONIC: when cgroups_freshen() is due */
+	atomic_flag freshening; /* a thread is at it */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
 	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };
@@ -107,6 +109,9 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o);
 
 /* Carries out @s, which was admitted. */
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o);
+
+/* Calls cgroups_freshen() if that is due. Any thread of the step's may. */
+void step_freshen(struct stepper *st);
 
 /* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. */
 void step_rest(struct stepper *st, uint64_t ns);

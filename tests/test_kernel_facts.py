@@ -18,7 +18,12 @@ from tests.test_make import make
 FACTS = ROOT / "docs/kernel-facts"
 NAMES = sorted(path.stem for path in FACTS.glob("*.c"))
 UNASKED = 77
-SWAPS = ("locking-brings-swapped-pages-back", "no-mutex-is-needed", "the-mapping-is-what-locks")
+SWAPS = {
+    "locking-brings-swapped-pages-back": 128 * MIB,
+    "no-mutex-is-needed": 128 * MIB,
+    "stale-statistics-kill": 512 * MIB,
+    "the-mapping-is-what-locks": 128 * MIB,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +36,9 @@ def built() -> Path:
 def swap(request: pytest.FixtureRequest) -> Iterator[None]:
     """Swap for the fact that is about swap, where some can be made."""
     with ExitStack() as stack:
-        if request.getfixturevalue("name") in SWAPS and can_swap():
-            stack.enter_context(Zram(128 * MIB))
+        size = SWAPS.get(request.getfixturevalue("name"))
+        if size and can_swap():
+            stack.enter_context(Zram(size))
         yield
 
 

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* How often the kernel's statistics are brought up to date, read from trees of files; that it helps, tests/qemu/test_pressure.py shows. */
+#include "cgroup.h"
+#include "check.h"
+#include "clock.h"
+#include "tree.h"
+
+static const uint64_t MIB = 1 << 20;
+static const uint64_t NEVER = UINT64_MAX, UNHURRIED = 20 * NS_PER_MS, LEAST = 2 * NS_PER_MS;
+static struct cgroups c;
+
+static void put_number(const char *name, uint64_t n)
+{
+	put(name, "%llu\n", (unsigned long long)n);
+}
+
+/* What is used of a v2 cgroup of 1 GiB, and how often it was at that limit. */
+static void put_usage(uint64_t usage, int events)
+{
+	put_number("sys/fs/cgroup/vm/memory.current", usage);
+	put("sys/fs/cgroup/vm/memory.events", "low 0\nhigh 7\nmax %d\noom 0\n", events);
+}
+
+static void put_anon(uint64_t inactive, uint64_t active)
+{
+	put("sys/fs/cgroup/vm/memory.stat", "anon 1\ninactive_anon %llu\nactive_anon %llu\n", (unsigned long long)inactive,
+	    (unsigned long long)active);
+}
+
+static void begin(void)
+{
+	tree_begin();
+	put("proc/self/cgroup", "0::/vm\n");
+	put("proc/self/mountinfo", "40 31 0:37 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n");
+	put("sys/fs/cgroup/vm/cgroup.procs", "1\n");
+	put_number("sys/fs/cgroup/vm/memory.max", 1024 * MIB);
+	put_usage(1020 * MIB, 1);
+	put_anon(200 * MIB, 300 * MIB);
+	cgroups_init(&c);
+	cgroups_open(&c, root);
+}
+
+static void end(void)
+{
+	cgroups_deinit(&c);
+	tree_end();
+}
+
+static void at_the_limit_it_is_as_often_as_the_list_can_be_emptied(void)
+{
+	begin();
+	CHECK_EQ(cgroups_freshen(&c), UNHURRIED); /* 50 ms */
+	put_usage(1020 * MIB, 2);
+	put_anon(20 * MIB, 100 * MIB);
+	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	put_usage(1020 * MIB, 3);
+	put_anon(0, 24 * 12 * MIB); /* it can be filled by then */
+	CHECK_EQ(cgroups_freshen(&c), 24 * MIB / 4);
+	put_usage(1020 * MIB, 4);
+	put_anon(4 * MIB, 0);
+	CHECK_EQ(cgroups_freshen(&c), LEAST);
+	CHECK_EQ(cgroups_freshen(&c), UNHURRIED); /* nothing was reclaimed since */
+	end();
+}
+
+static void away_from_the_limit_it_is_when_that_can_be_reached(void)
+{
+	begin();
+	put_usage(1024 * MIB - 64 * MIB, 9);
+	CHECK_EQ(cgroups_freshen(&c), UNHURRIED);
+	put_usage(512 * MIB, 9);
+	CHECK_EQ(cgroups_freshen(&c), 512 * MIB / 4);
+	put_number("sys/fs/cgroup/vm/memory.max", 64 * 1024 * MIB);
+	CHECK_EQ(cgroups_freshen(&c), NEVER);
+	put("sys/fs/cgroup/vm/memory.max", "max\n");
+	CHECK_EQ(cgroups_freshen(&c), NEVER);
+	end();
+}
+
+static void the_tightest_ancestor_counts(void)
+{
+	begin();
+	put("proc/self/cgroup", "0::/vm/inner\n");
+	put("sys/fs/cgroup/vm/inner/memory.max", "max\n");
+	put_anon(20 * MIB, 0);
+	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	end();
+}
+
+static void version_one_counts_its_failures(void)
+{
+	begin();
+	put("proc/self/cgroup", "4:memory:/vm\n");
+	put("proc/self/mountinfo", "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n");
+	put("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+	put_number("sys/fs/cgroup/memory/vm/memory.limit_in_bytes", 256 * MIB);
+	put_number("sys/fs/cgroup/memory/vm/memory.usage_in_bytes", 250 * MIB);
+	put("sys/fs/cgroup/memory/vm/memory.failcnt", "5\n");
+	put("sys/fs/cgroup/memory/vm/memory.stat", "inactive_anon 0\ntotal_inactive_anon %d\ntotal_active_anon 0\n", 20 << 20);
+	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	CHECK_EQ(cgroups_freshen(&c), UNHURRIED);
+	put("sys/fs/cgroup/memory/vm/memory.failcnt", "6\n");
+	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	end();
+}
+
+static void another_kind_of_reclaim_needs_no_help(void)
+{
+	begin();
+	cgroups_deinit(&c);
+	put("sys/kernel/mm/lru_gen/enabled", "0x0007\n");
+	cgroups_open(&c, root);
+	CHECK_EQ(cgroups_freshen(&c), NEVER);
+	put("sys/kernel/mm/lru_gen/enabled", "0x0000\n");
+	CHECK_EQ(cgroups_freshen(&c), UNHURRIED);
+	end();
+}
+
+CHECK_MAIN(CASE(at_the_limit_it_is_as_often_as_the_list_can_be_emptied), CASE(away_from_the_limit_it_is_when_that_can_be_reached),
+	   CASE(the_tightest_ancestor_counts), CASE(version_one_counts_its_failures), CASE(another_kind_of_reclaim_needs_no_help))
