@@ -4,10 +4,12 @@
 #include "clock.h"
 #include "step.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 
 static const uint64_t CREDIT_NS = 50 * NS_PER_MS;
+static const uint64_t ROOM = 32 << 20; /* what others may take of a cgroup meanwhile */
 
 static struct headroom_ask ask_for(const struct stepper *st, const struct step *s)
 {
@@ -140,6 +142,26 @@ static bool admit_unreserved(struct stepper *st, const struct step *s, struct ou
 	return true;
 }
 
+/*
+ * Where a cgroup is so full that populating @s would have the kernel reclaim: has it do so beforehand, in a way in which it does not
+ * kill, and makes @s no larger than what there is room for then.
+ */
+static bool make_room(struct stepper *st, struct step *s, struct outcome *o)
+{
+	uint64_t free = cgroups_free(&st->headroom.cgroups);
+
+	if (free == UINT64_MAX || free > range_size(s->r) + ROOM)
+		return true;
+	step_freshen(st);
+	if (s->page_size < PACER_CHUNK && range_size(s->r) > PACER_CHUNK)
+		s->r.end = (s->r.start / PACER_CHUNK + 1) * PACER_CHUNK;
+	if (free > range_size(s->r) + ROOM || !cost_of(st, s) || makeroom(&st->makeroom) != -EBUSY)
+		return true;
+	o->shortage = SHORTAGE_CGROUP;
+	snprintf(o->text, sizeof(o->text), "QEMU's memory cgroup is full, and the kernel cannot swap out of it now: all of it is in use");
+	return false;
+}
+
 bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 {
 	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
@@ -161,5 +183,5 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 		s->r.end = s->r.start + half;
 		*o = (struct outcome){ .shortage = SHORTAGE_NONE };
 	}
-	return true;
+	return !(s->kind == STEP_POPULATE || s->prefault) || make_room(st, s, o);
 }

@@ -353,3 +353,18 @@ uint64_t cgroups_pinnable(struct cgroups *c, uint64_t swap_free, bool of_file)
 {
 	return tightest(c, swap_free, of_file, level_pinnable);
 }
+
+uint64_t cgroups_free(const struct cgroups *c)
+{
+	uint64_t least = UINT64_MAX, limit, usage;
+
+	for (unsigned int i = 0; i < c->n_levels; i++) {
+		if (cgroup_number(c->levels[i].limit, &limit) || limit == UINT64_MAX || cgroup_number(c->levels[i].usage, &usage))
+			continue;
+		if (usage >= limit)
+			return 0;
+		if (limit - usage < least)
+			least = limit - usage;
+	}
+	return least;
+}

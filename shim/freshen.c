@@ -6,7 +6,7 @@
  * (inactive_is_low() in mm/vmscan.c). It asks the cgroup's statistics, which are up to some seconds old there (since Linux
  * 6.12: "memcg: use ratelimited stats flush in the reclaim"). Where the list has been emptied meanwhile, and next to no page cache is left,
  * it scans nothing at all, reclaims nothing, and kills, with swap free and all of the memory swappable. Memory that is locked
- * makes the lists shorter, so that this happens sooner: docs/kernel-facts/stale-statistics-kill.c shows it within seconds.
+ * makes the lists shorter, so that this happens sooner: docs/kernel-facts/full-cgroup-kills.c shows it within seconds.
  *
  * Whoever reads memory.stat has the statistics brought up to date. So that is done as long as the cgroup is at its limit: as
  * often as the list could be emptied. The multi-generational LRU (lru_gen) does not ask that question.
@@ -18,13 +18,14 @@
 
 #include <stdlib.h>
 
-/* How fast, at most, memory is allocated, and pages leave the inactive list because they were used or swapped out. */
-static const uint64_t BYTES_PER_NS = 4;
+static const uint64_t ALLOCATED_PER_NS = 4; /* bytes, at most */
+static const uint64_t SCANNED_PER_NS = 16; /* bytes, of pages that were used and are made active */
 static const uint64_t LOOK_MIN_NS = 2 * NS_PER_MS;
 static const uint64_t LOOK_NS = 20 * NS_PER_MS; /* while there is no hurry */
 static const uint64_t LOOK_MAX_NS = 5ULL * NS_PER_S;
 /* Of a list of many gigabytes less than a tenth can be inactive and not be low. */
 static const uint64_t INACTIVE_PART = 12;
+static const uint64_t FILE_PART = 16; /* less page cache than this part of the limit is soon gone */
 
 static uint64_t between(uint64_t low, uint64_t x, uint64_t high)
 {
@@ -46,23 +47,26 @@ static bool was_at_limit(struct cgroup_level *level)
 /* As cgroups_freshen(), for one of them. */
 static uint64_t freshen(struct cgroup_level *level)
 {
-	uint64_t limit, usage, free, inactive, anon;
+	uint64_t limit, usage, free, inactive, anon, file;
 	char stat[16384];
 
 	if (cgroup_number(level->limit, &limit) || cgroup_number(level->usage, &usage) || limit == UINT64_MAX)
 		return UINT64_MAX;
 	free = limit > usage ? limit - usage : 0;
 	if (free > cgroup_reserve(limit) / 4) {
-		free /= BYTES_PER_NS;
+		free /= ALLOCATED_PER_NS;
 		return free < LOOK_MAX_NS ? between(LOOK_NS, free, LOOK_MAX_NS) : UINT64_MAX;
 	}
 	if (!was_at_limit(level) || smallfile_read(level->stat, stat, sizeof(stat)))
 		return LOOK_NS;
 	inactive = cgroup_stat(stat, level->v1, "inactive_anon");
 	anon = inactive + cgroup_stat(stat, level->v1, "active_anon");
+	file = cgroup_stat(stat, level->v1, "inactive_file") + cgroup_stat(stat, level->v1, "active_file");
+	if (file > limit / FILE_PART)
+		return LOOK_NS; /* there is something else to reclaim */
 	if (inactive < anon / INACTIVE_PART)
 		inactive = anon / INACTIVE_PART;
-	return between(LOOK_MIN_NS, inactive / BYTES_PER_NS, LOOK_NS);
+	return between(LOOK_MIN_NS, inactive / SCANNED_PER_NS, LOOK_NS);
 }
 
 uint64_t cgroups_freshen(struct cgroups *c)

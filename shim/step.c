@@ -311,6 +311,7 @@ void stepper_init(struct stepper *st)
 	memset(st, 0, sizeof(*st));
 	st->pagemap = -1;
 	headroom_init(&st->headroom);
+	makeroom_init(&st->makeroom);
 	hugepages_init(&st->hugepages);
 	merging_init(&st->merging);
 	pace_init(&st->pace);
@@ -328,6 +329,7 @@ void stepper_open(struct stepper *st, const char *root)
 void stepper_deinit(struct stepper *st)
 {
 	headroom_deinit(&st->headroom);
+	makeroom_deinit(&st->makeroom);
 	hugepages_deinit(&st->hugepages);
 	merging_deinit(&st->merging);
 	fd_close(st->pagemap);

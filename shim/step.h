@@ -11,6 +11,7 @@
 #include "extents.h"
 #include "headroom.h"
 #include "hugepages.h"
+#include "makeroom.h"
 #include "merging.h"
 #include "pacer.h"
 #include "tmpfs.h"
@@ -70,6 +71,7 @@ struct outcome {
 
 struct stepper {
 	struct headroom headroom;
+	struct makeroom makeroom;
 	struct pace pace; /* the lock thread's alone */
 	struct workers workers;
 	atomic_bool cancel; /* the step in flight is to end after the system call in flight */

@@ -21,7 +21,7 @@ UNASKED = 77
 SWAPS = {
     "locking-brings-swapped-pages-back": 128 * MIB,
     "no-mutex-is-needed": 128 * MIB,
-    "stale-statistics-kill": 512 * MIB,
+    "full-cgroup-kills": 512 * MIB,
     "the-mapping-is-what-locks": 128 * MIB,
 }
 

@@ -49,17 +49,20 @@ static void end(void)
 static void at_the_limit_it_is_as_often_as_the_list_can_be_emptied(void)
 {
 	begin();
-	CHECK_EQ(cgroups_freshen(&c), UNHURRIED); /* 50 ms */
+	CHECK_EQ(cgroups_freshen(&c), 200 * MIB / 16);
 	put_usage(1020 * MIB, 2);
-	put_anon(20 * MIB, 100 * MIB);
-	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	put_anon(80 * MIB, 100 * MIB);
+	CHECK_EQ(cgroups_freshen(&c), 80 * MIB / 16);
 	put_usage(1020 * MIB, 3);
-	put_anon(0, 24 * 12 * MIB); /* it can be filled by then */
-	CHECK_EQ(cgroups_freshen(&c), 24 * MIB / 4);
+	put_anon(0, 96 * 12 * MIB); /* it can be filled by then */
+	CHECK_EQ(cgroups_freshen(&c), 96 * MIB / 16);
 	put_usage(1020 * MIB, 4);
 	put_anon(4 * MIB, 0);
 	CHECK_EQ(cgroups_freshen(&c), LEAST);
 	CHECK_EQ(cgroups_freshen(&c), UNHURRIED); /* nothing was reclaimed since */
+	put_usage(1020 * MIB, 5);
+	put("sys/fs/cgroup/vm/memory.stat", "inactive_anon 1\nactive_anon 1\ninactive_file %d\nactive_file %d\n", 40 << 20, 40 << 20);
+	CHECK_EQ(cgroups_freshen(&c), UNHURRIED);
 	end();
 }
 
@@ -82,8 +85,8 @@ static void the_tightest_ancestor_counts(void)
 	begin();
 	put("proc/self/cgroup", "0::/vm/inner\n");
 	put("sys/fs/cgroup/vm/inner/memory.max", "max\n");
-	put_anon(20 * MIB, 0);
-	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	put_anon(80 * MIB, 0);
+	CHECK_EQ(cgroups_freshen(&c), 80 * MIB / 16);
 	end();
 }
 
@@ -96,11 +99,22 @@ static void version_one_counts_its_failures(void)
 	put_number("sys/fs/cgroup/memory/vm/memory.limit_in_bytes", 256 * MIB);
 	put_number("sys/fs/cgroup/memory/vm/memory.usage_in_bytes", 250 * MIB);
 	put("sys/fs/cgroup/memory/vm/memory.failcnt", "5\n");
-	put("sys/fs/cgroup/memory/vm/memory.stat", "inactive_anon 0\ntotal_inactive_anon %d\ntotal_active_anon 0\n", 20 << 20);
-	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	put("sys/fs/cgroup/memory/vm/memory.stat", "inactive_anon 0\ntotal_inactive_anon %d\ntotal_active_anon 0\n", 80 << 20);
+	CHECK_EQ(cgroups_freshen(&c), 80 * MIB / 16);
 	CHECK_EQ(cgroups_freshen(&c), UNHURRIED);
 	put("sys/fs/cgroup/memory/vm/memory.failcnt", "6\n");
-	CHECK_EQ(cgroups_freshen(&c), 20 * MIB / 4);
+	CHECK_EQ(cgroups_freshen(&c), 80 * MIB / 16);
+	end();
+}
+
+static void what_is_free_is_that_of_the_tightest(void)
+{
+	begin();
+	CHECK_EQ(cgroups_free(&c), 4 * MIB);
+	put_usage(1030 * MIB, 1); /* its limit was lowered */
+	CHECK_EQ(cgroups_free(&c), 0);
+	put("sys/fs/cgroup/vm/memory.max", "max\n");
+	CHECK_EQ(cgroups_free(&c), NEVER);
 	end();
 }
 
@@ -112,9 +126,9 @@ static void another_kind_of_reclaim_needs_no_help(void)
 	cgroups_open(&c, root);
 	CHECK_EQ(cgroups_freshen(&c), NEVER);
 	put("sys/kernel/mm/lru_gen/enabled", "0x0000\n");
-	CHECK_EQ(cgroups_freshen(&c), UNHURRIED);
+	CHECK_EQ(cgroups_freshen(&c), 200 * MIB / 16);
 	end();
 }
 
 CHECK_MAIN(CASE(at_the_limit_it_is_as_often_as_the_list_can_be_emptied), CASE(away_from_the_limit_it_is_when_that_can_be_reached),
-	   CASE(the_tightest_ancestor_counts), CASE(version_one_counts_its_failures), CASE(another_kind_of_reclaim_needs_no_help))
+	   CASE(the_tightest_ancestor_counts), CASE(version_one_counts_its_failures), CASE(what_is_free_is_that_of_the_tightest), CASE(another_kind_of_reclaim_needs_no_help))
