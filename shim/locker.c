@@ -400,6 +400,7 @@ static void carry_out(struct locker *l, struct step *s)
 	l->stepper.pace.budget_ns = (uint64_t)l->wish.hold_budget_us * NS_PER_US;
 	/* This reads files, and may take its time; so the step is in flight only after it. */
 	pthread_mutex_unlock(&l->mutex);
+	step_note_policy(&l->stepper);
 	step_size(&l->stepper, s);
 	if (s->unreserved)
 		count_unreserved(l);
@@ -527,7 +528,8 @@ void *locker_run(void *arg)
 	struct locker *l = arg;
 
 	prctl(PR_SET_NAME, "ramlock-lock");
-	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every gap */
+	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every sleep */
+	stepper_begin(&l->stepper);
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
 	while (!l->stop) {

@@ -6,22 +6,30 @@
  * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
  * same with worse holds. When both have returned 0, the pages were seen resident under a lock.
  *
- * Each of these system calls is sized to take about the hold budget (step_size). Locking and populating the same bytes
+ * Between two rests, work is sized to take about the hold budget (step_size). Locking and populating the same bytes
  * can differ by orders of magnitude, so a range is locked at once and populated in pieces, with a rest between them, by
  * one thread or several; it is at least a huge page, because a page that lies across the end of a lock cannot be huge.
+ *
+ * A piece is populated in glances, a few pages for each system call. A writer that finds mmap_lock held for reading spins
+ * for 10 us before it goes to sleep (rwsem_rspin_threshold() in kernel/locking/rwsem.c, Linux 5.3 and newer), so it gets in where
+ * one glance ends, and need not be woken: that takes a processor that was asleep longer than any rest, and up to a tick
+ * where the processor is taken. The rests are for those that sleep all the same.
  */
 #include "step.h"
 
 #include "clock.h"
 #include "fd.h"
 #include "residency.h"
+#include "smallfile.h"
 #include "syscalls.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -32,7 +40,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096 };
+enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, LANE = 4 * PACER_CHUNK };
 
 static void *address(struct range r)
 {
@@ -77,22 +85,24 @@ static void explain_rlimit(struct outcome *o, uint64_t limit)
 		 limit / 1024);
 }
 
-/* Makes the pages of @r resident and writable. Returns 0 or -errno. */
-static int populate(struct stepper *st, struct range r)
+/* Makes the pages of @r resident and writable, @glance bytes at a time. Returns 0 or -errno. */
+static int populate(struct stepper *st, struct range r, uint64_t glance)
 {
 	int advice = MADV_POPULATE_WRITE;
 
-	while (!st->no_populate) {
-		if (!madvise(address(r), range_size(r), advice))
-			return 0;
-		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
+	while (r.start < r.end && !st->no_populate) {
+		uint64_t size = range_size(r) < glance ? range_size(r) : glance;
+
+		if (!madvise(address(r), size, advice))
+			r.start += size;
+		else if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
 			advice = MADV_POPULATE_READ; /* a mapping that may not be written, or a kernel that knows neither */
 		else if (errno == EINVAL)
 			st->no_populate = true;
 		else if (errno != EINTR && errno != EAGAIN)
 			return -errno;
 	}
-	return -sys_mlock2(r, 0);
+	return r.start < r.end ? -sys_mlock2(r, 0) : 0;
 }
 
 static void explain_errno(struct stepper *st, int err, const struct step *s, const char *doing, struct outcome *o)
@@ -119,7 +129,7 @@ static void explain_errno(struct stepper *st, int err, const struct step *s, con
 	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
 }
 
-/* How long a system call took. */
+/* How long a system call, or a piece, took. */
 struct hold {
 	uint64_t wall, cpu; /* ns */
 };
@@ -141,11 +151,19 @@ struct piecework {
 	struct stepper *st;
 	const struct step *s;
 	atomic_size_t next; /* the piece to be taken next */
+	atomic_size_t n_done;
 	atomic_int err; /* the first failure, as errno */
-	size_t n;
+	size_t n; /* pieces */
+	size_t threads, lane; /* see piece_of() */
+	size_t turns; /* n, rounded up to whole lanes */
 	bool done[HOLDS_MAX];
 	struct hold holds[HOLDS_MAX];
 };
+
+static size_t divide(size_t a, size_t b)
+{
+	return (a + b - 1) / b;
+}
 
 static struct range piece_at(const struct step *s, size_t i)
 {
@@ -156,25 +174,57 @@ static struct range piece_at(const struct step *s, size_t i)
 	return r;
 }
 
+/*
+ * Each thread has some pieces for itself that lie next to each other, its lane: neighbours would wait for the lock of the page table
+ * that they share. The piece that comes at @turn:
+ */
+static size_t piece_of(const struct piecework *w, size_t turn)
+{
+	size_t all = w->lane * w->threads, at = turn % all;
+
+	return turn - at + at % w->threads * w->lane + at / w->threads;
+}
+
+/* Lanes of the same length, so that the threads end together, and of at most LANE bytes. */
+static void find_lanes(struct piecework *w)
+{
+	size_t longest = w->s->piece < LANE ? (size_t)(LANE / w->s->piece) : 1;
+	size_t rounds = divide(w->n, longest * w->threads);
+
+	w->lane = divide(w->n, rounds * w->threads);
+	w->turns = rounds * w->lane * w->threads;
+}
+
 static void do_pieces(void *arg)
 {
 	struct piecework *w = arg;
-	size_t i;
+	const struct step *s = w->s;
+	/* Of several threads one has the lock whenever the other lets go of it, so nothing is gained by glances. */
+	const uint64_t glance = w->threads == 1 ? s->glance : s->piece;
+	/*
+	 * A quarter of the usual rest is for the few who have gone to sleep: the others get in after a glance. And beside
+	 * another thread a reader that comes back behind a waiting writer queues (rwsem_down_read_slowpath()).
+	 */
+	const uint64_t rest = glance < s->piece || w->threads > 1 ? 4 : 1;
+	size_t turn;
 
-	while (!atomic_load(&w->err) && (i = atomic_fetch_add(&w->next, 1)) < w->n) {
+	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < w->turns) {
+		size_t i = piece_of(w, turn);
 		int err;
 
-		if (i && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
+		if (i >= w->n)
+			continue;
+		if (turn && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
 			return;
 		step_freshen(w->st);
 		w->holds[i] = hold_begin();
-		err = -populate(w->st, piece_at(w->s, i));
+		err = -populate(w->st, piece_at(s, i), glance);
 		hold_end(&w->holds[i]);
 		w->done[i] = !err;
 		if (err)
 			atomic_store(&w->err, err);
-		else if (i + 1 < w->n)
-			step_rest(w->st, w->holds[i].wall);
+		else if (atomic_fetch_add(&w->n_done, 1) + 1 < w->n)
+			step_rest(w->st, w->holds[i].wall / rest);
 	}
 }
 
@@ -192,13 +242,13 @@ static void learn_populate(struct stepper *st, const struct step *s, uint64_t by
 		pace_learn(&st->pace, PACE_FILL, (uint64_t)((double)bytes * (1 - present)), sum->wall, sum->cpu);
 }
 
-/* Looks whether small pieces, from @s's start to @end, have become huge pages all the same. */
+/* Looks whether what was absent has become huge pages: at the first that could be one. */
 static void note_huge(struct stepper *st, const struct step *s, uint64_t end)
 {
-	const struct range filled = { s->r.start, end };
+	uint64_t start = (s->r.start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK;
 
-	if (s->piece <= PACER_CHUNK && s->page_size < PACER_CHUNK && s->present < s->looked && end > s->r.start)
-		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, filled, 1);
+	if (s->page_size < PACER_CHUNK && s->present < s->looked && start + PACER_CHUNK <= end)
+		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, (struct range){ start, start + PACER_CHUNK }, 1);
 }
 
 /* Populates @s from its start as far as it gets; *end is how far. Returns 0 or an errno. */
@@ -208,9 +258,13 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 	size_t n = (size_t)((range_size(s->r) + s->piece - 1) / s->piece), done = 0;
 	uint64_t bytes = 0;
 	struct hold sum = { 0, 0 };
+	unsigned int helpers;
 
 	w.n = n < HOLDS_MAX - 1 ? n : HOLDS_MAX - 1;
-	workers_run(&st->workers, (unsigned int)((w.n < s->threads ? w.n : s->threads) - 1), do_pieces, &w);
+	helpers = workers_ready(&st->workers, (unsigned int)((w.n < s->threads ? w.n : s->threads) - 1));
+	w.threads = helpers + 1;
+	find_lanes(&w);
+	workers_run(&st->workers, helpers, do_pieces, &w);
 	for (size_t i = 0; i < w.n; i++) {
 		if (!w.done[i])
 			continue;
@@ -227,6 +281,30 @@ static int do_populate(struct stepper *st, const struct step *s, uint64_t *end, 
 }
 
 /* ---- Carrying out ---- */
+
+/* Unlocks @s from @at on, which was locked and then not populated; but several threads may have got to a part of it. */
+static void take_back(struct stepper *st, const struct step *s, uint64_t at, struct outcome *o)
+{
+	uint64_t bytes = pace_bytes(&st->pace, PACE_UNLOCK) / PACER_CHUNK * PACER_CHUNK;
+
+	if (!bytes)
+		bytes = PACER_CHUNK;
+	while (at < s->r.end) {
+		uint64_t end = (at + bytes) / PACER_CHUNK * PACER_CHUNK;
+		struct hold hold;
+
+		if (end > s->r.end || s->page_size > PACER_CHUNK)
+			end = s->r.end;
+		hold = hold_begin();
+		sys_munlock((struct range){ at, end });
+		hold_end(&hold);
+		if (o->n_holds < HOLDS_MAX)
+			o->holds[o->n_holds++] = hold.wall;
+		at = end;
+		if (at < s->r.end)
+			step_rest(st, hold.wall);
+	}
+}
 
 static void do_lock(struct stepper *st, const struct step *whole, struct outcome *o)
 {
@@ -260,7 +338,7 @@ static void do_lock(struct stepper *st, const struct step *whole, struct outcome
 		pace_learn(&st->pace, PACE_MARK, size, hold.wall, hold.cpu);
 	err = s->prefault ? do_populate(st, s, &end, o) : 0;
 	if (end < s->r.end && !foreign)
-		sys_munlock((struct range){ end, s->r.end });
+		take_back(st, s, end, o);
 	/* Populating has copied what was merged. */
 	if (end > s->r.start && !s->shared) {
 		int merging = -merging_lock(&st->merging, (struct range){ s->r.start, end });
@@ -309,7 +387,7 @@ static void do_let_go(const struct step *s)
 void stepper_init(struct stepper *st)
 {
 	memset(st, 0, sizeof(*st));
-	st->pagemap = -1;
+	st->pagemap = st->thread_stat = -1;
 	headroom_init(&st->headroom);
 	makeroom_init(&st->makeroom);
 	hugepages_init(&st->hugepages);
@@ -333,6 +411,7 @@ void stepper_deinit(struct stepper *st)
 	hugepages_deinit(&st->hugepages);
 	merging_deinit(&st->merging);
 	fd_close(st->pagemap);
+	fd_close(st->thread_stat);
 	stepper_init(st);
 }
 
@@ -391,14 +470,57 @@ void step_freshen(struct stepper *st)
 	atomic_flag_clear(&st->freshening);
 }
 
-void step_rest(struct stepper *st, uint64_t ns)
+/* Tells the processor that this thread waits for another one. */
+static void relax(void)
 {
-	uint64_t gap = pacer_gap(ns), over = st->oversleep_ns, ask = gap > over + 1 ? gap - over : 1, slept = now_ns();
-	struct timespec t = { 0, (long)ask };
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
 
-	nanosleep(&t, NULL);
-	slept = now_ns() - slept;
-	/* An eighth at a time: one long sleep on a busy machine says little. Threads may both write: either will do. */
-	over = slept > ask ? slept - ask : 0;
-	st->oversleep_ns = st->oversleep_ns - st->oversleep_ns / 8 + (over < gap ? over : gap) / 8;
+void stepper_begin(struct stepper *st)
+{
+	fd_close(st->thread_stat);
+	st->thread_stat = smallfile_open("/proc/thread-self", "stat");
+	step_note_policy(st);
+}
+
+void step_note_policy(struct stepper *st)
+{
+	/* Of sched_getscheduler() some of QEMU's sandboxes would kill us. Field 41 of 52; the second can have any character. */
+	char text[1024], *at = NULL;
+	int policy = SCHED_FIFO; /* as if, where it cannot be known: that harms nobody */
+
+	if (now_ns() < st->policy_ns)
+		return;
+	st->policy_ns = now_ns() + NS_PER_S;
+	if (!smallfile_read(st->thread_stat, text, sizeof(text)))
+		at = strrchr(text, ')');
+	for (int field = 2; at && field < 41; field++)
+		at = strchr(at + 1, ' ');
+	if (at)
+		policy = atoi(at + 1);
+	st->real_time = policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE;
+}
+
+void step_rest(const struct stepper *st, uint64_t ns)
+{
+	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
+
+	if (st->real_time || gap > LONG_GAP_NS) {
+		struct timespec t = { 0, (long)gap };
+
+		nanosleep(&t, NULL);
+		return;
+	}
+	/*
+	 * Whoever waits for this processor may have it now, rather than in the midst of a hold. Sleeping would do that too, and
+	 * costs more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is
+	 * long over.
+	 */
+	sched_yield();
+	while (now_ns() < until)
+		relax();
 }

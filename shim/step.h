@@ -49,14 +49,18 @@ struct step {
 	bool fills; /* pages that are absent are filled because they lie between resident ones */
 	unsigned int threads; /* that populate */
 	/* What step_size() finds and decides. */
-	uint64_t piece; /* bytes that one thread populates at a time */
+	uint64_t piece; /* bytes that one thread populates between two rests */
+	uint64_t glance; /* ... with one system call, when it is alone */
 	bool huge; /* to be unlocked: all of it is in huge pages */
 	uint64_t present, swapped; /* bytes, of `looked` bytes */
 	uint64_t looked;
 };
 
-/* System calls of one step at most: a step is worth taking for eight pieces by each thread, see step_size(). */
-enum { PIECES_PER_THREAD = 8, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) + PACER_CHUNK / PACER_CHUNK_MIN + 1 };
+/*
+ * A step has 24 pieces for each thread, so that it is worth its other system calls and a wait for each other at its end;
+ * or all those of one chunk. And one hold is the lock's.
+ */
+enum { PIECES_PER_THREAD = 24, HOLDS_MAX = PIECES_PER_THREAD * (WORKERS_MAX + 1) + PACER_CHUNK / PACER_CHUNK_MIN + 1 };
 
 /* What a step came to. */
 struct outcome {
@@ -64,7 +68,7 @@ struct outcome {
 	struct range done; /* what of the step's range is done; the rest is as it was */
 	bool foreign; /* `done` was locked already, by somebody else */
 	uint64_t filled; /* bytes that were absent, where the step fills */
-	uint64_t holds[HOLDS_MAX]; /* how long each system call took, in ns */
+	uint64_t holds[HOLDS_MAX]; /* how long each piece, and each system call that is none of a piece's, took, in ns */
 	size_t n_holds;
 	char text[SHORT_TEXT]; /* why not */
 };
@@ -74,7 +78,7 @@ struct stepper {
 	struct makeroom makeroom;
 	struct pace pace; /* the lock thread's alone */
 	struct workers workers;
-	atomic_bool cancel; /* the step in flight is to end after the system call in flight */
+	atomic_bool cancel; /* the step in flight is to end after the pieces in flight */
 	int pagemap; /* /proc/self/pagemap */
 	struct merging merging;
 	struct hugepages hugepages;
@@ -87,11 +91,13 @@ struct stepper {
 	uint64_t pin_nodes; /* as credit_nodes */
 	uint64_t credit_until_ns; /* CLOCK_MONOTONIC */
 	uint64_t credit_nodes; /* it is for memory of these NUMA nodes, as from numa_bound() */
-	_Atomic uint64_t oversleep_ns; /* what a short sleep takes above what was asked for */
 	uint64_t freshen_ns; /* CLOCK_MONOTONIC: when cgroups_freshen() is due */
 	atomic_flag freshening; /* a thread is at it */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
-	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
+	int thread_stat; /* /proc/thread-self/stat of the lock thread; -1: not known */
+	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
+	bool real_time; /* this thread goes before others until it sleeps */
+	bool fills_huge; /* what was absent became huge pages lately: so each system call is for one of them at least */
 };
 
 void stepper_init(struct stepper *st);
@@ -115,7 +121,13 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 /* Calls cgroups_freshen() if that is due. Any thread of the step's may. */
 void step_freshen(struct stepper *st);
 
+/* The calling thread is the one that takes the steps from now on. */
+void stepper_begin(struct stepper *st);
+
+/* Looks, once a second at most, at the scheduling policy of that thread, which somebody may have changed. */
+void step_note_policy(struct stepper *st);
+
 /* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. */
-void step_rest(struct stepper *st, uint64_t ns);
+void step_rest(const struct stepper *st, uint64_t ns);
 
 #endif

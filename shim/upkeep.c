@@ -87,12 +87,10 @@ struct walk {
 	struct extents doubtful; /* what is to be populated again */
 };
 
-static void let_others_in(uint64_t took)
+static void let_others_in(const struct locker *l, uint64_t took)
 {
-	struct timespec gap = { .tv_nsec = (long)pacer_gap(took) };
-
 	if (took > LONG_CALL_NS)
-		nanosleep(&gap, NULL);
+		step_rest(&l->stepper, took);
 }
 
 /* Takes our lock from @r. */
@@ -102,7 +100,7 @@ static void unlock(struct locker *l, struct range r, bool mergeable)
 		uint64_t size = r.end - at < CHUNK ? r.end - at : CHUNK, began = now_ns();
 
 		sys_munlock((struct range){ at, at + size });
-		let_others_in(now_ns() - began);
+		let_others_in(l, now_ns() - began);
 	}
 	merging_let_in(&l->stepper.merging, r, mergeable);
 }
@@ -126,7 +124,7 @@ static uint64_t relock(struct locker *l, struct walk *w, struct range r, bool me
 			w->gone = true;
 			return range_size(r) - difference(before, headroom_vm_locked(&l->stepper.headroom));
 		}
-		let_others_in(now_ns() - began);
+		let_others_in(l, now_ns() - began);
 	}
 	return difference(headroom_vm_locked(&l->stepper.headroom), before);
 }
@@ -188,7 +186,7 @@ static void keep_out(struct locker *l, struct walk *w, struct range r)
 		}
 		began = now_ns();
 		merging_keep_out(&l->stepper.merging, chunk);
-		let_others_in(now_ns() - began);
+		let_others_in(l, now_ns() - began);
 	}
 }
 

@@ -64,13 +64,23 @@ static bool start(struct workers *w)
 	return !err;
 }
 
-void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg), void *arg)
+unsigned int workers_ready(struct workers *w, unsigned int helpers)
 {
+	unsigned int n;
+
 	pthread_mutex_lock(&w->mutex);
 	if (helpers > WORKERS_MAX)
 		helpers = WORKERS_MAX;
 	while (w->n < helpers && start(w))
 		;
+	n = helpers < w->n ? helpers : w->n;
+	pthread_mutex_unlock(&w->mutex);
+	return n;
+}
+
+void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg), void *arg)
+{
+	pthread_mutex_lock(&w->mutex);
 	w->wanted = w->busy = helpers < w->n ? helpers : w->n;
 	if (w->busy) {
 		w->run = run;

@@ -24,9 +24,12 @@ struct workers {
 void workers_init(struct workers *w);
 
 /*
- * Has run(arg) done by the caller and by up to @helpers other threads at once; returns when all have returned. Threads
- * that cannot be started are done without. They block all signals, which QEMU directs at threads of its own.
+ * Starts threads until there are @helpers. Returns how many there are, fewer where some cannot be started. They block all
+ * signals, which QEMU directs at threads of its own.
  */
+unsigned int workers_ready(struct workers *w, unsigned int helpers);
+
+/* Has run(arg) done by the caller and by @helpers other threads at once, of those that are ready; returns when all have returned. */
 void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg), void *arg);
 
 /* Ends the threads. */

@@ -63,7 +63,7 @@ def traced(trace: Path, how: str) -> set[str]:
             guest.settle()
             assert guest.query()["locked"] >= 64 * MIB
     paths = re.findall(r"open\w*\((?:AT_FDCWD, )?\"([^\"]+)\"", trace.read_text())
-    return {os.path.normpath(path) for path in paths}
+    return {os.path.normpath(path).replace("/proc/thread-self/", "/proc/self/task/1/") for path in paths}
 
 
 def pattern(rule: str) -> str:

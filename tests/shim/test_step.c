@@ -297,6 +297,93 @@ static void what_is_huge_is_found_from_the_end(void)
 	end();
 }
 
+/* A step that locks and populates @p, sized. */
+static struct step sized(const char *p, size_t size, unsigned int threads)
+{
+	struct step s = { .kind = STEP_LOCK, .prefault = true, .page_size = 4096, .threads = threads };
+
+	s.r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + size };
+	step_size(&stepper, &s);
+	return s;
+}
+
+static char *absent(size_t size, int advice)
+{
+	char *p = mmap(NULL, size + CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		abort();
+	p = (char *)(((uintptr_t)p + CHUNK - 1) / CHUNK * CHUNK);
+	madvise(p, size, advice);
+	return p;
+}
+
+/* A writer of mmap_lock spins for 10 us: it is to find the lock free within that time. */
+static void one_thread_populates_a_few_pages_at_a_time(void)
+{
+	enum { SIZE = 64 << 20 };
+	char *p = absent(SIZE, MADV_NOHUGEPAGE);
+	struct step s;
+
+	plenty();
+	CHECK(work_off(STEP_LOCK, (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE / 2 }, true) > 0);
+	s = sized(p + SIZE / 2, SIZE / 2, 1);
+	CHECK(s.glance >= 4096 && s.glance % 4096 == 0 && s.glance < s.piece);
+	CHECK(s.glance == 4096 || pace_expect(&stepper.pace, PACE_FILL, s.glance) < 11 * 1000);
+	munmap(p, SIZE);
+	end();
+}
+
+static void huge_pages_are_populated_whole(void)
+{
+	enum { SIZE = 64 << 20 };
+	char *p = absent(SIZE, MADV_HUGEPAGE);
+	struct step s;
+
+	plenty();
+	CHECK(work_off(STEP_LOCK, (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE / 2 }, true) > 0);
+	if (huge_bytes(p) == SIZE / 2 && residency_count(stepper.pagemap, RESIDENCY_HUGE, (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + CHUNK }, 1)) {
+		s = sized(p + SIZE / 2, SIZE / 2, 1);
+		CHECK(s.glance >= CHUNK && s.glance % CHUNK == 0);
+	} else {
+		printf("no huge pages to be had here: not tested\n");
+	}
+	munmap(p, SIZE);
+	end();
+}
+
+static void threads_leave_out_no_piece(void)
+{
+	enum { SIZE = 30 << 20 };
+	char *p = absent(SIZE, MADV_NOHUGEPAGE);
+	struct range r = { (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE };
+	uint64_t before = really_locked();
+
+	plenty();
+	for (unsigned int threads = 2; threads <= 5; threads++) {
+		uint64_t at = r.start;
+
+		while (at < r.end) {
+			struct step s = sized((char *)(uintptr_t)at, r.end - at, threads);
+			struct outcome o;
+
+			s.piece = 7 * 4096; /* so that their number is a multiple of nothing */
+			CHECK(step_admit(&stepper, &s, &o));
+			step_carry_out(&stepper, &s, &o);
+			CHECK_EQ(o.shortage, SHORTAGE_NONE);
+			CHECK(o.done.start == at && o.done.end > at);
+			CHECK_EQ(residency_count(stepper.pagemap, RESIDENCY_PRESENT, o.done, SIZE), range_size(o.done));
+			at = o.done.end;
+		}
+		CHECK_EQ(really_locked() - before, SIZE);
+		CHECK_EQ(munlock(p, SIZE), 0);
+		madvise(p, SIZE, MADV_DONTNEED);
+	}
+	workers_stop(&stepper.workers);
+	munmap(p, SIZE);
+	end();
+}
+
 /* Small pages come after huge ones as the unlocking goes on: no step is sized for the one and spent on the other. */
 static void huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not(void)
 {
@@ -375,7 +462,8 @@ static void a_piece_is_no_smaller_than_the_huge_page_that_it_fills(void)
 	end();
 }
 
-CHECK_MAIN(CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
+CHECK_MAIN(CASE(one_thread_populates_a_few_pages_at_a_time), CASE(huge_pages_are_populated_whole),
+	   CASE(threads_leave_out_no_piece), CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
 	   CASE(a_piece_is_no_smaller_than_the_huge_page_that_it_fills), CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
 	   CASE(a_step_that_is_called_off_leaves_nothing_armed),
 	   CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
