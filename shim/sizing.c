@@ -3,9 +3,6 @@
 #include "residency.h"
 #include "step.h"
 
-/* As long as a writer of mmap_lock spins, see step.c: each glance costs a system call. */
-enum { GLANCE_NS = 10000 };
-
 static uint64_t round_to_pages(uint64_t bytes, uint64_t page_size)
 {
 	uint64_t pages = bytes / page_size;
@@ -93,17 +90,6 @@ static bool fills_huge(const struct stepper *st, const struct step *s)
 	return st->fills_huge && s->present + s->swapped < s->looked / 2;
 }
 
-/* Decides how many bytes one system call populates, where @size of them take @ns. */
-static void size_glance(struct stepper *st, struct step *s, uint64_t size, uint64_t ns)
-{
-	uint64_t bytes = (uint64_t)((double)size * GLANCE_NS / (double)(ns ? ns : 1));
-
-	if (bytes < PACER_CHUNK && fills_huge(st, s))
-		bytes = PACER_CHUNK; /* less would fill as much at its first page */
-	bytes = round_to_pages(bytes, s->page_size);
-	s->glance = bytes < s->piece ? bytes : s->piece;
-}
-
 /* Decides how many bytes of @s are populated at a time, and cuts it to what is worth a step. */
 static void size_populate(struct stepper *st, struct step *s)
 {
@@ -128,7 +114,6 @@ static void size_populate(struct stepper *st, struct step *s)
 	if (s->piece < PACER_CHUNK_MIN)
 		s->piece = PACER_CHUNK_MIN;
 	s->piece = round_to_pages(s->piece, s->page_size);
-	size_glance(st, s, size, ns);
 	most = pieces * s->piece;
 	cut_end(s, most < PACER_CHUNK ? PACER_CHUNK : most);
 }
@@ -181,7 +166,6 @@ void step_size(struct stepper *st, struct step *s)
 				s->piece = range_size(s->r) <= s->piece ? range_size(s->r) :
 					   round_to_pages((range_size(s->r) / 2 + PACER_CHUNK - 1) / PACER_CHUNK *
 						PACER_CHUNK, s->page_size);
-			size_glance(st, s, s->piece, pace_expect(p, PACE_CONFIRM, s->piece));
 			return;
 		}
 		size_lock(st, s);

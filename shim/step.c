@@ -6,14 +6,9 @@
  * populates with MADV_POPULATE_WRITE, which holds mmap_lock for reading. A plain mlock() of absent pages would do the
  * same with worse holds. When both have returned 0, the pages were seen resident under a lock.
  *
- * Between two rests, work is sized to take about the hold budget (step_size). Locking and populating the same bytes
+ * Each of these system calls is sized to take about the hold budget (step_size). Locking and populating the same bytes
  * can differ by orders of magnitude, so a range is locked at once and populated in pieces, with a rest between them, by
  * one thread or several; it is at least a huge page, because a page that lies across the end of a lock cannot be huge.
- *
- * A piece is populated in glances, a few pages for each system call. A writer that finds mmap_lock held for reading spins
- * for 10 us before it goes to sleep (rwsem_rspin_threshold() in kernel/locking/rwsem.c, Linux 5.3 and newer), so it gets in where
- * one glance ends, and need not be woken: that takes a processor that was asleep longer than any rest, and up to a tick
- * where the processor is taken. The rests are for those that sleep all the same.
  */
 #include "step.h"
 
@@ -85,24 +80,22 @@ static void explain_rlimit(struct outcome *o, uint64_t limit)
 		 limit / 1024);
 }
 
-/* Makes the pages of @r resident and writable, @glance bytes at a time. Returns 0 or -errno. */
-static int populate(struct stepper *st, struct range r, uint64_t glance)
+/* Makes the pages of @r resident and writable. Returns 0 or -errno. */
+static int populate(struct stepper *st, struct range r)
 {
 	int advice = MADV_POPULATE_WRITE;
 
-	while (r.start < r.end && !st->no_populate) {
-		uint64_t size = range_size(r) < glance ? range_size(r) : glance;
-
-		if (!madvise(address(r), size, advice))
-			r.start += size;
-		else if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
+	while (!st->no_populate) {
+		if (!madvise(address(r), range_size(r), advice))
+			return 0;
+		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
 			advice = MADV_POPULATE_READ; /* a mapping that may not be written, or a kernel that knows neither */
 		else if (errno == EINVAL)
 			st->no_populate = true;
 		else if (errno != EINTR && errno != EAGAIN)
 			return -errno;
 	}
-	return r.start < r.end ? -sys_mlock2(r, 0) : 0;
+	return -sys_mlock2(r, 0);
 }
 
 static void explain_errno(struct stepper *st, int err, const struct step *s, const char *doing, struct outcome *o)
@@ -129,7 +122,7 @@ static void explain_errno(struct stepper *st, int err, const struct step *s, con
 	snprintf(o->text, sizeof(o->text), "%s: %s", doing, strerror(err));
 }
 
-/* How long a system call, or a piece, took. */
+/* How long a system call took. */
 struct hold {
 	uint64_t wall, cpu; /* ns */
 };
@@ -199,13 +192,8 @@ static void do_pieces(void *arg)
 {
 	struct piecework *w = arg;
 	const struct step *s = w->s;
-	/* Of several threads one has the lock whenever the other lets go of it, so nothing is gained by glances. */
-	const uint64_t glance = w->threads == 1 ? s->glance : s->piece;
-	/*
-	 * A quarter of the usual rest is for the few who have gone to sleep: the others get in after a glance. And beside
-	 * another thread a reader that comes back behind a waiting writer queues (rwsem_down_read_slowpath()).
-	 */
-	const uint64_t rest = glance < s->piece || w->threads > 1 ? 4 : 1;
+	/* Beside another thread, one that comes back behind a waiting writer queues (rwsem_down_read_slowpath()). */
+	const uint64_t rest = w->threads > 1 ? 4 : 1;
 	size_t turn;
 
 	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < w->turns) {
@@ -218,7 +206,7 @@ static void do_pieces(void *arg)
 			return;
 		step_freshen(w->st);
 		w->holds[i] = hold_begin();
-		err = -populate(w->st, piece_at(s, i), glance);
+		err = -populate(w->st, piece_at(s, i));
 		hold_end(&w->holds[i]);
 		w->done[i] = !err;
 		if (err)
@@ -484,6 +472,7 @@ void stepper_begin(struct stepper *st)
 {
 	fd_close(st->thread_stat);
 	st->thread_stat = smallfile_open("/proc/thread-self", "stat");
+	st->policy_ns = 0;
 	step_note_policy(st);
 }
 

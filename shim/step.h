@@ -49,8 +49,7 @@ struct step {
 	bool fills; /* pages that are absent are filled because they lie between resident ones */
 	unsigned int threads; /* that populate */
 	/* What step_size() finds and decides. */
-	uint64_t piece; /* bytes that one thread populates between two rests */
-	uint64_t glance; /* ... with one system call, when it is alone */
+	uint64_t piece; /* bytes that one thread populates at a time */
 	bool huge; /* to be unlocked: all of it is in huge pages */
 	uint64_t present, swapped; /* bytes, of `looked` bytes */
 	uint64_t looked;
@@ -68,7 +67,7 @@ struct outcome {
 	struct range done; /* what of the step's range is done; the rest is as it was */
 	bool foreign; /* `done` was locked already, by somebody else */
 	uint64_t filled; /* bytes that were absent, where the step fills */
-	uint64_t holds[HOLDS_MAX]; /* how long each piece, and each system call that is none of a piece's, took, in ns */
+	uint64_t holds[HOLDS_MAX]; /* how long each system call took, in ns */
 	size_t n_holds;
 	char text[SHORT_TEXT]; /* why not */
 };
@@ -78,7 +77,7 @@ struct stepper {
 	struct makeroom makeroom;
 	struct pace pace; /* the lock thread's alone */
 	struct workers workers;
-	atomic_bool cancel; /* the step in flight is to end after the pieces in flight */
+	atomic_bool cancel; /* the step in flight is to end after the system calls in flight */
 	int pagemap; /* /proc/self/pagemap */
 	struct merging merging;
 	struct hugepages hugepages;
@@ -97,7 +96,7 @@ struct stepper {
 	int thread_stat; /* /proc/thread-self/stat of the lock thread; -1: not known */
 	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
 	bool real_time; /* this thread goes before others until it sleeps */
-	bool fills_huge; /* what was absent became huge pages lately: so each system call is for one of them at least */
+	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };
 
 void stepper_init(struct stepper *st);

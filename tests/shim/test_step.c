@@ -318,40 +318,6 @@ static char *absent(size_t size, int advice)
 	return p;
 }
 
-/* A writer of mmap_lock spins for 10 us: it is to find the lock free within that time. */
-static void one_thread_populates_a_few_pages_at_a_time(void)
-{
-	enum { SIZE = 64 << 20 };
-	char *p = absent(SIZE, MADV_NOHUGEPAGE);
-	struct step s;
-
-	plenty();
-	CHECK(work_off(STEP_LOCK, (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE / 2 }, true) > 0);
-	s = sized(p + SIZE / 2, SIZE / 2, 1);
-	CHECK(s.glance >= 4096 && s.glance % 4096 == 0 && s.glance < s.piece);
-	CHECK(s.glance == 4096 || pace_expect(&stepper.pace, PACE_FILL, s.glance) < 11 * 1000);
-	munmap(p, SIZE);
-	end();
-}
-
-static void huge_pages_are_populated_whole(void)
-{
-	enum { SIZE = 64 << 20 };
-	char *p = absent(SIZE, MADV_HUGEPAGE);
-	struct step s;
-
-	plenty();
-	CHECK(work_off(STEP_LOCK, (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + SIZE / 2 }, true) > 0);
-	if (huge_bytes(p) == SIZE / 2 && residency_count(stepper.pagemap, RESIDENCY_HUGE, (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + CHUNK }, 1)) {
-		s = sized(p + SIZE / 2, SIZE / 2, 1);
-		CHECK(s.glance >= CHUNK && s.glance % CHUNK == 0);
-	} else {
-		printf("no huge pages to be had here: not tested\n");
-	}
-	munmap(p, SIZE);
-	end();
-}
-
 static void threads_leave_out_no_piece(void)
 {
 	enum { SIZE = 30 << 20 };
@@ -462,8 +428,7 @@ static void a_piece_is_no_smaller_than_the_huge_page_that_it_fills(void)
 	end();
 }
 
-CHECK_MAIN(CASE(one_thread_populates_a_few_pages_at_a_time), CASE(huge_pages_are_populated_whole),
-	   CASE(threads_leave_out_no_piece), CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
+CHECK_MAIN(CASE(threads_leave_out_no_piece), CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
 	   CASE(a_piece_is_no_smaller_than_the_huge_page_that_it_fills), CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
 	   CASE(a_step_that_is_called_off_leaves_nothing_armed),
 	   CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
