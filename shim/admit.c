@@ -142,21 +142,35 @@ static bool admit_unreserved(struct stepper *st, const struct step *s, struct ou
 	return true;
 }
 
-/*
- * Where a cgroup is so full that populating @s would have the kernel reclaim: has it do so beforehand, in a way in which it does not
- * kill, and makes @s no larger than what there is room for then.
- */
-static bool make_room(struct stepper *st, struct step *s, struct outcome *o)
+/* Whether a cgroup is so full that something would have to be swapped out for @s. */
+static bool is_tight(const struct stepper *st, const struct step *s)
 {
-	uint64_t free = cgroups_free(&st->headroom.cgroups);
+	uint64_t enough = range_size(s->r) + ROOM;
 
-	if (free == UINT64_MAX || free > range_size(s->r) + ROOM)
-		return true;
+	if (s->kind == STEP_LOCK && !s->prefault)
+		return false; /* it allocates nothing */
+	return cgroups_loose(&st->headroom.cgroups, enough) < enough && cost_of(st, s);
+}
+
+/* Makes @s smaller, and sizes it anew: what is known of the whole is not true of a part. */
+static void cut(struct stepper *st, struct step *s, uint64_t end)
+{
+	s->r.end = end;
+	step_size(st, s);
+}
+
+/* Has the kernel swap out beforehand what it would have to for @s, of which it does not kill. */
+static bool make_room(struct stepper *st, const struct step *s, struct outcome *o)
+{
+	int err;
+
 	step_freshen(st);
-	if (s->page_size < PACER_CHUNK && range_size(s->r) > PACER_CHUNK)
-		s->r.end = (s->r.start / PACER_CHUNK + 1) * PACER_CHUNK;
-	if (free > range_size(s->r) + ROOM || !cost_of(st, s) || makeroom(&st->makeroom) != -EBUSY)
+	err = makeroom(&st->makeroom);
+	step_rest(st, st->pace.budget_ns);
+	if (err != -EBUSY)
 		return true;
+	if (s->kind == STEP_POPULATE)
+		st->owed += cost_of(st, s);
 	o->shortage = SHORTAGE_CGROUP;
 	snprintf(o->text, sizeof(o->text), "QEMU's memory cgroup is full, and the kernel cannot swap out of it now: all of it is in use");
 	return false;
@@ -164,6 +178,8 @@ static bool make_room(struct stepper *st, struct step *s, struct outcome *o)
 
 bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 {
+	bool tight;
+
 	*o = (struct outcome){ .shortage = SHORTAGE_NONE };
 	if (s->kind != STEP_LOCK && s->kind != STEP_POPULATE)
 		return true;
@@ -175,13 +191,16 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 	}
 	if (s->hugetlb)
 		return !s->unreserved || admit_unreserved(st, s, o);
+	tight = is_tight(st, s);
+	if (tight && s->page_size < PACER_CHUNK && range_size(s->r) > PACER_CHUNK)
+		cut(st, s, (s->r.start / PACER_CHUNK + 1) * PACER_CHUNK);
 	while (!admit(st, s, o)) {
 		uint64_t half = range_size(s->r) / 2 / PACER_CHUNK * PACER_CHUNK;
 
 		if (half < PACER_CHUNK || half < s->page_size)
 			return false;
-		s->r.end = s->r.start + half;
+		cut(st, s, s->r.start + half);
 		*o = (struct outcome){ .shortage = SHORTAGE_NONE };
 	}
-	return !(s->kind == STEP_POPULATE || s->prefault) || make_room(st, s, o);
+	return !tight || make_room(st, s, o);
 }

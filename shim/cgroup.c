@@ -354,17 +354,32 @@ uint64_t cgroups_pinnable(struct cgroups *c, uint64_t swap_free, bool of_file)
 	return tightest(c, swap_free, of_file, level_pinnable);
 }
 
-uint64_t cgroups_free(const struct cgroups *c)
+/* As cgroups_loose(), of one of them. */
+static uint64_t level_loose(const struct cgroup_level *level, uint64_t enough)
 {
-	uint64_t least = UINT64_MAX, limit, usage;
+	uint64_t limit, usage, free;
+	char stat[16384];
+
+	if (cgroup_number(level->limit, &limit) || limit == UINT64_MAX)
+		return UINT64_MAX;
+	if (cgroup_number(level->usage, &usage))
+		return 0;
+	free = limit > usage ? limit - usage : 0;
+	if (free >= enough || smallfile_read(level->stat, stat, sizeof(stat)))
+		return free;
+	/* Some of the page cache may have to be written first. */
+	return free + cgroup_stat(stat, level->v1, "inactive_file") / 2;
+}
+
+uint64_t cgroups_loose(const struct cgroups *c, uint64_t enough)
+{
+	uint64_t least = UINT64_MAX;
 
 	for (unsigned int i = 0; i < c->n_levels; i++) {
-		if (cgroup_number(c->levels[i].limit, &limit) || limit == UINT64_MAX || cgroup_number(c->levels[i].usage, &usage))
-			continue;
-		if (usage >= limit)
-			return 0;
-		if (limit - usage < least)
-			least = limit - usage;
+		uint64_t here = level_loose(&c->levels[i], enough);
+
+		if (here < least)
+			least = here;
 	}
 	return least;
 }

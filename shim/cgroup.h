@@ -70,8 +70,11 @@ uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of
 /* The same of the tightest cgroup: UINT64_MAX without a limit, 0 when it cannot be known. */
 uint64_t cgroups_pinnable(struct cgroups *c, uint64_t swap_free, bool of_file);
 
-/* What the tightest of them has left to its limit, with nothing reclaimed: UINT64_MAX without one. */
-uint64_t cgroups_free(const struct cgroups *c);
+/*
+ * Bytes that can be allocated in the tightest of them without anything being swapped out: UINT64_MAX without a limit, and no more
+ * is looked for than @enough.
+ */
+uint64_t cgroups_loose(const struct cgroups *c, uint64_t enough);
 
 /*
  * Where a cgroup is at its limit, has the kernel bring its statistics of it up to date, without which it may kill although there

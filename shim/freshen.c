@@ -21,10 +21,12 @@
 static const uint64_t ALLOCATED_PER_NS = 4; /* bytes, at most */
 static const uint64_t SCANNED_PER_NS = 16; /* bytes, of pages that were used and are made active */
 static const uint64_t LOOK_MIN_NS = 2 * NS_PER_MS;
-static const uint64_t LOOK_NS = 20 * NS_PER_MS; /* while there is no hurry */
+static const uint64_t LOOK_NS = 20 * NS_PER_MS; /* ... while it reclaims */
+static const uint64_t LOOK_IDLE_NS = 100 * NS_PER_MS;
 static const uint64_t LOOK_MAX_NS = 5ULL * NS_PER_S;
 /* Of a list of many gigabytes less than a tenth can be inactive and not be low. */
 static const uint64_t INACTIVE_PART = 12;
+static const uint64_t COST_PART = 20; /* of a processor is what this may take at most */
 static const uint64_t FILE_PART = 16; /* less page cache than this part of the limit is soon gone */
 
 static uint64_t between(uint64_t low, uint64_t x, uint64_t high)
@@ -47,7 +49,7 @@ static bool was_at_limit(struct cgroup_level *level)
 /* As cgroups_freshen(), for one of them. */
 static uint64_t freshen(struct cgroup_level *level)
 {
-	uint64_t limit, usage, free, inactive, anon, file;
+	uint64_t limit, usage, free, inactive, anon, file, took;
 	char stat[16384];
 
 	if (cgroup_number(level->limit, &limit) || cgroup_number(level->usage, &usage) || limit == UINT64_MAX)
@@ -55,18 +57,20 @@ static uint64_t freshen(struct cgroup_level *level)
 	free = limit > usage ? limit - usage : 0;
 	if (free > cgroup_reserve(limit) / 4) {
 		free /= ALLOCATED_PER_NS;
-		return free < LOOK_MAX_NS ? between(LOOK_NS, free, LOOK_MAX_NS) : UINT64_MAX;
+		return free < LOOK_MAX_NS ? between(LOOK_IDLE_NS, free, LOOK_MAX_NS) : UINT64_MAX;
 	}
+	took = now_ns();
 	if (!was_at_limit(level) || smallfile_read(level->stat, stat, sizeof(stat)))
-		return LOOK_NS;
+		return LOOK_IDLE_NS;
+	took = now_ns() - took; /* with many processors and cgroups below, it can be milliseconds */
 	inactive = cgroup_stat(stat, level->v1, "inactive_anon");
 	anon = inactive + cgroup_stat(stat, level->v1, "active_anon");
 	file = cgroup_stat(stat, level->v1, "inactive_file") + cgroup_stat(stat, level->v1, "active_file");
-	if (file > limit / FILE_PART)
-		return LOOK_NS; /* there is something else to reclaim */
+	if (file > limit / FILE_PART) /* that is reclaimed first */
+		return between(LOOK_IDLE_NS, file / ALLOCATED_PER_NS, LOOK_MAX_NS);
 	if (inactive < anon / INACTIVE_PART)
 		inactive = anon / INACTIVE_PART;
-	return between(LOOK_MIN_NS, inactive / SCANNED_PER_NS, LOOK_NS);
+	return between(took * COST_PART > LOOK_MIN_NS ? took * COST_PART : LOOK_MIN_NS, inactive / SCANNED_PER_NS, LOOK_NS);
 }
 
 uint64_t cgroups_freshen(struct cgroups *c)

@@ -8,7 +8,8 @@
  * step, whatever the direction, and nobody ever waits for more than one step.
  *
  * The thread sleeps on a condition variable and makes no wakeup while there is nothing to do. While something is held it
- * looks every 5 s whether that is still so (upkeep.c), and while the guarantee is short it tries again on a slow timer.
+ * looks every 5 s whether that is still so (upkeep.c), more often at a memory cgroup at its limit (freshen.c), and while the
+ * guarantee is short it tries again on a slow timer.
  *
  * Lock order: `mutex` is the only lock. QEMU's main thread takes it in bottom halves and RAM block notifiers, so it
  * is never held over a system call on guest RAM, nor over file reading.
@@ -349,6 +350,8 @@ static void settle(struct locker *l)
 	}
 	l->state = LOCKER_IDLE;
 	l->shortage = SHORTAGE_NONE;
+	if (!l->books.held.total)
+		l->stepper.freshen_ns = 0; /* as long as it is, limits may be changed unseen */
 	upkeep_settled(l);
 	l->announced = l->generation;
 	l->announced_layout = l->layout_generation;

@@ -8,7 +8,9 @@
  */
 #include "makeroom.h"
 
+#include "clock.h"
 #include "pacer.h"
+#include "syscalls.h"
 
 #include <errno.h>
 #include <stddef.h>
@@ -18,6 +20,9 @@
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
+
+static const uint64_t AGAIN_NS = 10ULL * NS_PER_S;
+enum { FAILURES_MAX = 8 };
 
 void makeroom_init(struct makeroom *m)
 {
@@ -31,19 +36,30 @@ void makeroom_deinit(struct makeroom *m)
 	makeroom_init(m);
 }
 
-/* Gives the memory back, but for one small page: MADV_COLLAPSE needs something to begin with. */
-static int empty(struct makeroom *m)
+static struct range range_of(const struct makeroom *m)
 {
-	if (madvise(m->page, PACER_CHUNK, MADV_DONTNEED) || madvise(m->page, PACER_CHUNK, MADV_NOHUGEPAGE))
-		return -1;
-	*(volatile char *)m->page = 1;
-	return madvise(m->page, PACER_CHUNK, MADV_HUGEPAGE);
+	return (struct range){ (uintptr_t)m->page, (uintptr_t)m->page + PACER_CHUNK };
+}
+
+/* Gives the memory back, but for one small page: MADV_COLLAPSE needs something to begin with. */
+static bool empty(struct makeroom *m)
+{
+	/* mlockall() locks this too, and what is locked cannot be given back. */
+	if (!sys_munlock(range_of(m)) && !madvise(m->page, PACER_CHUNK, MADV_DONTNEED) &&
+	    !madvise(m->page, PACER_CHUNK, MADV_NOHUGEPAGE)) {
+		*(volatile char *)m->page = 1;
+		if (!madvise(m->page, PACER_CHUNK, MADV_HUGEPAGE))
+			return true;
+	}
+	makeroom_deinit(m);
+	return false;
 }
 
 static bool map(struct makeroom *m)
 {
 	const uint64_t size = 2 * (uint64_t)PACER_CHUNK;
-	char *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	/* Closed at first: with mlockall(MCL_FUTURE) all of it would be populated. */
+	char *start = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	uint64_t before;
 
 	if (start == MAP_FAILED)
@@ -53,28 +69,41 @@ static bool map(struct makeroom *m)
 	if (before)
 		munmap(start, before);
 	munmap(m->page + PACER_CHUNK, size - before - PACER_CHUNK);
-	munlock(m->page, PACER_CHUNK); /* with mlockall(MCL_FUTURE) it is */
+	sys_munlock(range_of(m));
 	madvise(m->page, PACER_CHUNK, MADV_DONTDUMP);
-	madvise(m->page, PACER_CHUNK, MADV_DONTFORK);
-	return !empty(m);
+	if (!mprotect(m->page, PACER_CHUNK, PROT_READ | PROT_WRITE))
+		return empty(m);
+	makeroom_deinit(m);
+	return false;
+}
+
+/* Returns 0 or an errno. */
+static int collapse(struct makeroom *m)
+{
+	return madvise(m->page, PACER_CHUNK, MADV_COLLAPSE) ? errno : 0;
 }
 
 int makeroom(struct makeroom *m)
 {
 	int err;
 
-	if (m->useless || (!m->page && !map(m))) {
-		m->useless = true;
+	if (now_ns() < m->again_ns || (!m->page && !map(m)))
 		return -ENOSYS;
-	}
-	err = madvise(m->page, PACER_CHUNK, MADV_COLLAPSE) ? errno : 0;
-	if (err == EINVAL) { /* the small page was swapped out */
+	err = collapse(m);
+	if (err == EINVAL || err == EAGAIN) { /* the small page was swapped out, or is about to be */
 		*(volatile char *)m->page = 1;
-		err = madvise(m->page, PACER_CHUNK, MADV_COLLAPSE) ? errno : 0;
+		err = collapse(m);
 	}
-	m->works |= !err || err == EBUSY;
-	if (err == EBUSY || (err == EINVAL && m->works))
+	if (!err) {
+		m->worked = true;
+		m->failures = 0;
+		return empty(m) ? 0 : -ENOSYS;
+	}
+	if (err == EBUSY || err == EAGAIN || (err == EINVAL && m->failures++ < FAILURES_MAX && m->worked)) {
+		m->worked |= err == EBUSY;
 		return -EBUSY;
-	m->useless = err == EINVAL || (!err && empty(m));
-	return err || m->useless ? -ENOSYS : 0;
+	}
+	/* The kernel cannot do it, or the host has no huge page free. */
+	m->again_ns = now_ns() + AGAIN_NS;
+	return -ENOSYS;
 }

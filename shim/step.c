@@ -35,7 +35,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, LANE = 4 * PACER_CHUNK };
+enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, YIELD_LONG_NS = 100 * 1000, SLEEPS = 32, LANE = 4 * PACER_CHUNK };
 
 static void *address(struct range r)
 {
@@ -184,6 +184,7 @@ static void find_lanes(struct piecework *w)
 	size_t longest = w->s->piece < LANE ? (size_t)(LANE / w->s->piece) : 1;
 	size_t rounds = divide(w->n, longest * w->threads);
 
+	assert(rounds);
 	w->lane = divide(w->n, rounds * w->threads);
 	w->turns = rounds * w->lane * w->threads;
 }
@@ -235,7 +236,7 @@ static void note_huge(struct stepper *st, const struct step *s, uint64_t end)
 {
 	uint64_t start = (s->r.start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK;
 
-	if (s->page_size < PACER_CHUNK && s->present < s->looked && start + PACER_CHUNK <= end)
+	if (s->page_size < PACER_CHUNK && s->present + s->swapped < s->looked / 16 && start + PACER_CHUNK <= end)
 		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, (struct range){ start, start + PACER_CHUNK }, 1);
 }
 
@@ -494,22 +495,27 @@ void step_note_policy(struct stepper *st)
 	st->real_time = policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE;
 }
 
-void step_rest(const struct stepper *st, uint64_t ns)
+void step_rest(struct stepper *st, uint64_t ns)
 {
 	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
+	unsigned int sleeps = atomic_load(&st->sleeps);
 
-	if (st->real_time || gap > LONG_GAP_NS) {
+	if (st->real_time || gap > LONG_GAP_NS || sleeps) {
 		struct timespec t = { 0, (long)gap };
 
 		nanosleep(&t, NULL);
+		if (sleeps)
+			atomic_store(&st->sleeps, sleeps - 1);
 		return;
 	}
 	/*
 	 * Whoever waits for this processor may have it now, rather than in the midst of a hold. Sleeping would do that too, and
 	 * costs more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is
-	 * long over.
+	 * long over. But where somebody wants all of it, who yields gets little of it: then it is slept, and looked again only now and then.
 	 */
 	sched_yield();
+	if (now_ns() > until + YIELD_LONG_NS)
+		atomic_store(&st->sleeps, SLEEPS);
 	while (now_ns() < until)
 		relax();
 }

@@ -95,6 +95,7 @@ struct stepper {
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
 	int thread_stat; /* /proc/thread-self/stat of the lock thread; -1: not known */
 	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
+	atomic_uint sleeps; /* so many rests are slept, since others want the processor */
 	bool real_time; /* this thread goes before others until it sleeps */
 	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };
@@ -127,6 +128,6 @@ void stepper_begin(struct stepper *st);
 void step_note_policy(struct stepper *st);
 
 /* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. */
-void step_rest(const struct stepper *st, uint64_t ns);
+void step_rest(struct stepper *st, uint64_t ns);
 
 #endif

@@ -87,7 +87,7 @@ struct walk {
 	struct extents doubtful; /* what is to be populated again */
 };
 
-static void let_others_in(const struct locker *l, uint64_t took)
+static void let_others_in(struct locker *l, uint64_t took)
 {
 	if (took > LONG_CALL_NS)
 		step_rest(&l->stepper, took);
@@ -433,6 +433,7 @@ void upkeep_run(struct locker *l)
 	w.private_left = PRIVATE_BYTES;
 	pthread_mutex_unlock(&l->mutex);
 	merging_look(&l->stepper.merging);
+	step_note_policy(&l->stepper);
 	follow_tidy(l);
 	pthread_mutex_lock(&l->mutex);
 	w.merging = l->stepper.merging.at_work;

@@ -6,7 +6,7 @@
 #include "tree.h"
 
 static const uint64_t MIB = 1 << 20;
-static const uint64_t NEVER = UINT64_MAX, UNHURRIED = 20 * NS_PER_MS, LEAST = 2 * NS_PER_MS;
+static const uint64_t NEVER = UINT64_MAX, UNHURRIED = 100 * NS_PER_MS, LEAST = 2 * NS_PER_MS;
 static struct cgroups c;
 
 static void put_number(const char *name, uint64_t n)
@@ -63,6 +63,9 @@ static void at_the_limit_it_is_as_often_as_the_list_can_be_emptied(void)
 	put_usage(1020 * MIB, 5);
 	put("sys/fs/cgroup/vm/memory.stat", "inactive_anon 1\nactive_anon 1\ninactive_file %d\nactive_file %d\n", 40 << 20, 40 << 20);
 	CHECK_EQ(cgroups_freshen(&c), UNHURRIED);
+	put_usage(1020 * MIB, 6);
+	put("sys/fs/cgroup/vm/memory.stat", "inactive_anon 1\nactive_anon 1\ninactive_file %d\n", 1 << 30);
+	CHECK_EQ(cgroups_freshen(&c), 1024 * MIB / 4);
 	end();
 }
 
@@ -107,14 +110,17 @@ static void version_one_counts_its_failures(void)
 	end();
 }
 
-static void what_is_free_is_that_of_the_tightest(void)
+static void what_is_loose_is_that_of_the_tightest(void)
 {
 	begin();
-	CHECK_EQ(cgroups_free(&c), 4 * MIB);
+	CHECK_EQ(cgroups_loose(&c, 32 * MIB), 4 * MIB);
+	put("sys/fs/cgroup/vm/memory.stat", "inactive_file %d\n", 20 << 20);
+	CHECK_EQ(cgroups_loose(&c, 32 * MIB), 14 * MIB);
+	CHECK_EQ(cgroups_loose(&c, 2 * MIB), 4 * MIB); /* not looked for */
 	put_usage(1030 * MIB, 1); /* its limit was lowered */
-	CHECK_EQ(cgroups_free(&c), 0);
+	CHECK_EQ(cgroups_loose(&c, 32 * MIB), 10 * MIB);
 	put("sys/fs/cgroup/vm/memory.max", "max\n");
-	CHECK_EQ(cgroups_free(&c), NEVER);
+	CHECK_EQ(cgroups_loose(&c, 32 * MIB), NEVER);
 	end();
 }
 
@@ -131,4 +137,4 @@ static void another_kind_of_reclaim_needs_no_help(void)
 }
 
 CHECK_MAIN(CASE(at_the_limit_it_is_as_often_as_the_list_can_be_emptied), CASE(away_from_the_limit_it_is_when_that_can_be_reached),
-	   CASE(the_tightest_ancestor_counts), CASE(version_one_counts_its_failures), CASE(what_is_free_is_that_of_the_tightest), CASE(another_kind_of_reclaim_needs_no_help))
+	   CASE(the_tightest_ancestor_counts), CASE(version_one_counts_its_failures), CASE(what_is_loose_is_that_of_the_tightest), CASE(another_kind_of_reclaim_needs_no_help))

@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static int resident(const struct makeroom *m)
 {
@@ -38,19 +40,18 @@ static void room_is_given_back(void)
 	CHECK(m.page == NULL);
 }
 
-/* As under QEMU's mem-lock=on. */
-static void all_that_is_mapped_may_be_locked(void)
+/* mlockall() locks whatever is mapped. (Not called here: the sanitizer has terabytes mapped.) */
+static void it_may_have_been_locked(void)
 {
 	struct makeroom m;
 
-	if (mlockall(MCL_FUTURE))
-		return;
 	makeroom_init(&m);
-	CHECK(makeroom(&m) != -EBUSY);
-	if (m.page)
+	if (!makeroom(&m)) {
+		CHECK_EQ(syscall(SYS_mlock2, m.page, PACER_CHUNK, 0), 0);
+		CHECK_EQ(makeroom(&m), 0);
 		CHECK_EQ(resident(&m), 1);
+	}
 	makeroom_deinit(&m);
-	munlockall();
 }
 
-CHECK_MAIN(CASE(room_is_given_back), CASE(all_that_is_mapped_may_be_locked))
+CHECK_MAIN(CASE(room_is_given_back), CASE(it_may_have_been_locked))

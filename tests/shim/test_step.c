@@ -1,11 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* What a step costs, on real memory: where nothing is left, only what allocates nothing is admitted. */
+#include "fd.h"
 #include "residency.h"
+#include "smallfile.h"
 #include "step.h"
+#include "syscalls.h"
 #include "tree.h"
 
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 
 enum { CHUNK = 2 << 20 };
 
@@ -332,21 +338,160 @@ static void threads_leave_out_no_piece(void)
 		while (at < r.end) {
 			struct step s = sized((char *)(uintptr_t)at, r.end - at, threads);
 			struct outcome o;
+			uint64_t most;
 
 			s.piece = 7 * 4096; /* so that their number is a multiple of nothing */
+			most = s.r.start + (HOLDS_MAX - 1) * s.piece;
+			if (most > s.r.end)
+				most = s.r.end;
 			CHECK(step_admit(&stepper, &s, &o));
 			step_carry_out(&stepper, &s, &o);
 			CHECK_EQ(o.shortage, SHORTAGE_NONE);
-			CHECK(o.done.start == at && o.done.end > at);
+			CHECK_EQ(o.done.start, at);
+			CHECK_EQ(o.done.end, most);
+			/* The lock, each piece once, and what was not populated is unlocked again. */
+			CHECK(o.n_holds >= 1 + (most - at + s.piece - 1) / s.piece);
+			CHECK(o.n_holds <= HOLDS_MAX);
 			CHECK_EQ(residency_count(stepper.pagemap, RESIDENCY_PRESENT, o.done, SIZE), range_size(o.done));
 			at = o.done.end;
+			CHECK_EQ(really_locked() - before, at - r.start);
 		}
-		CHECK_EQ(really_locked() - before, SIZE);
-		CHECK_EQ(munlock(p, SIZE), 0);
+		CHECK_EQ(sys_munlock(r), 0); /* munlock() is ASan's, and does nothing */
 		madvise(p, SIZE, MADV_DONTNEED);
 	}
 	workers_stop(&stepper.workers);
 	munmap(p, SIZE);
+	end();
+}
+
+static void *call_off(void *unused)
+{
+	(void)unused;
+	for (int i = 0; i < 200; i++) {
+		struct timespec t = { 0, 100 * 1000 };
+
+		nanosleep(&t, NULL);
+		atomic_store(&stepper.cancel, true);
+	}
+	return NULL;
+}
+
+static void what_threads_have_populated_of_a_step_that_is_called_off_is_not_locked(void)
+{
+	enum { SIZE = 64 << 20 };
+	char *p = absent(SIZE, MADV_NOHUGEPAGE);
+	uint64_t before = really_locked(), locked = 0;
+	pthread_t other;
+
+	plenty();
+	CHECK_EQ(pthread_create(&other, NULL, call_off, NULL), 0);
+	for (uint64_t at = 0; at < SIZE;) {
+		struct step s = sized(p + at, SIZE - at, 3);
+		struct outcome o;
+
+		atomic_store(&stepper.cancel, false);
+		CHECK(step_admit(&stepper, &s, &o));
+		step_carry_out(&stepper, &s, &o);
+		CHECK_EQ(o.shortage, SHORTAGE_NONE);
+		CHECK(range_size(o.done) > 0);
+		at += range_size(o.done);
+		locked += range_size(o.done);
+		CHECK_EQ(really_locked() - before, locked);
+		CHECK_EQ(residency_count(stepper.pagemap, RESIDENCY_PRESENT, o.done, SIZE), range_size(o.done));
+	}
+	pthread_join(other, NULL);
+	workers_stop(&stepper.workers);
+	munmap(p, SIZE);
+	end();
+}
+
+/* A host with plenty, and a cgroup that has @free MiB left to its limit; of which so much is page cache. */
+static void full_cgroup(int free, int file)
+{
+	const long long limit = 1 << 30;
+
+	tree_begin();
+	put("proc/meminfo", "MemTotal: %d kB\nMemAvailable: %d kB\nSwapTotal: %d kB\nSwapFree: %d kB\n", 64 << 20, 32 << 20, 8 << 20,
+	    8 << 20);
+	put("proc/self/status", "VmLck:\t0 kB\n");
+	put("proc/self/cgroup", "0::/vm\n");
+	put("proc/self/mountinfo", "40 31 0:37 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n");
+	put("sys/fs/cgroup/cgroup.procs", "1\n");
+	put("sys/fs/cgroup/vm/memory.max", "%lld\n", limit);
+	put("sys/fs/cgroup/vm/memory.current", "%lld\n", limit - free * (1LL << 20));
+	put("sys/fs/cgroup/vm/memory.swap.max", "max\n");
+	put("sys/fs/cgroup/vm/memory.swap.current", "0\n");
+	put("sys/fs/cgroup/vm/memory.stat", "inactive_anon %lld\nactive_anon %lld\ninactive_file %lld\nactive_file 0\n",
+	    limit / 4, limit / 4, file * (1LL << 20));
+	stepper_init(&stepper);
+	stepper_open(&stepper, root);
+}
+
+static void in_a_full_cgroup_room_is_made_for_little_at_a_time(void)
+{
+	enum { SIZE = 16 << 20 };
+	char *p = absent(SIZE, MADV_NOHUGEPAGE);
+	struct outcome o;
+	struct step s;
+	uint64_t size;
+
+	full_cgroup(4, 0);
+	stepper.pace.cost[PACE_FILL] = 1000; /* so that the step is as long as can be */
+	s = sized(p, SIZE, 1);
+	CHECK_EQ(range_size(s.r), SIZE);
+	CHECK(step_admit(&stepper, &s, &o));
+	CHECK_EQ(range_size(s.r), CHUNK);
+	CHECK_EQ(s.looked, CHUNK);
+	CHECK(stepper.makeroom.worked || stepper.makeroom.again_ns); /* it was asked */
+
+	/* What is there already needs no room. */
+	memset(p, 1, SIZE);
+	s = sized(p, SIZE, 1);
+	size = range_size(s.r);
+	CHECK(size > CHUNK);
+	CHECK(step_admit(&stepper, &s, &o));
+	CHECK_EQ(range_size(s.r), size);
+	madvise(p, SIZE, MADV_DONTNEED);
+	stepper_deinit(&stepper);
+	tree_end();
+
+	/* Page cache is given up easily. */
+	full_cgroup(4, 256);
+	stepper.pace.cost[PACE_FILL] = 1000;
+	s = sized(p, SIZE, 1);
+	CHECK(step_admit(&stepper, &s, &o));
+	CHECK_EQ(range_size(s.r), SIZE);
+	CHECK(!stepper.makeroom.worked && !stepper.makeroom.again_ns);
+	munmap(p, SIZE);
+	end();
+}
+
+/* The scheduling policy is field 41; the second is the thread's name, as it likes. */
+static void a_real_time_policy_is_noticed(void)
+{
+	static const char *const names[] = { "qemu", "a) b (c) 1 1", "" };
+
+	begin();
+	for (size_t i = 0; i < 3; i++)
+		for (int policy = 0; policy <= 6; policy++) {
+			char zeroes[37 * 2 + 1] = "";
+
+			for (int field = 4; field <= 40; field++)
+				strcat(zeroes, " 0");
+			put("stat", "7 (%s) R%s %d 0 0\n", names[i], zeroes, policy);
+			fd_close(stepper.thread_stat);
+			stepper.thread_stat = smallfile_open(root, "stat");
+			stepper.policy_ns = 0;
+			step_note_policy(&stepper);
+			CHECK_EQ(stepper.real_time, policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE);
+		}
+	fd_close(stepper.thread_stat);
+	stepper.thread_stat = -1;
+	stepper.policy_ns = 0;
+	step_note_policy(&stepper);
+	CHECK(stepper.real_time); /* for all one knows */
+	stepper_begin(&stepper);
+	CHECK(!stepper.real_time); /* this thread */
 	end();
 }
 
@@ -428,7 +573,8 @@ static void a_piece_is_no_smaller_than_the_huge_page_that_it_fills(void)
 	end();
 }
 
-CHECK_MAIN(CASE(threads_leave_out_no_piece), CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
+CHECK_MAIN(CASE(threads_leave_out_no_piece), CASE(what_threads_have_populated_of_a_step_that_is_called_off_is_not_locked),
+	   CASE(in_a_full_cgroup_room_is_made_for_little_at_a_time), CASE(a_real_time_policy_is_noticed), CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
 	   CASE(a_piece_is_no_smaller_than_the_huge_page_that_it_fills), CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
 	   CASE(a_step_that_is_called_off_leaves_nothing_armed),
 	   CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
