@@ -162,15 +162,17 @@ static void cut(struct stepper *st, struct step *s, uint64_t end)
 /* Has the kernel swap out beforehand what it would have to for @s, of which it does not kill. */
 static bool make_room(struct stepper *st, const struct step *s, struct outcome *o)
 {
-	int err;
+	uint64_t cost;
 
 	step_freshen(st);
-	err = makeroom(&st->makeroom);
-	step_rest(st, st->pace.budget_ns);
-	if (err != -EBUSY)
+	step_rest(st, st->pace.budget_ns); /* before it: others would take the room */
+	/* It waits for all processors: where some are kept from the kernel's own work, for as long as that takes. */
+	if (st->isolates || st->real_time || makeroom(&st->makeroom) != -EBUSY)
 		return true;
+	cost = cost_of(st, s);
+	headroom_spend(&st->headroom, -cost);
 	if (s->kind == STEP_POPULATE)
-		st->owed += cost_of(st, s);
+		st->owed += cost;
 	o->shortage = SHORTAGE_CGROUP;
 	snprintf(o->text, sizeof(o->text), "QEMU's memory cgroup is full, and the kernel cannot swap out of it now: all of it is in use");
 	return false;
@@ -192,8 +194,10 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o)
 	if (s->hugetlb)
 		return !s->unreserved || admit_unreserved(st, s, o);
 	tight = is_tight(st, s);
-	if (tight && s->page_size < PACER_CHUNK && range_size(s->r) > PACER_CHUNK)
+	if (tight && s->page_size < PACER_CHUNK && range_size(s->r) > PACER_CHUNK) {
 		cut(st, s, (s->r.start / PACER_CHUNK + 1) * PACER_CHUNK);
+		tight = is_tight(st, s);
+	}
 	while (!admit(st, s, o)) {
 		uint64_t half = range_size(s->r) / 2 / PACER_CHUNK * PACER_CHUNK;
 

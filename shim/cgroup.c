@@ -193,6 +193,15 @@ uint64_t cgroup_stat(const char *stat, bool v1, const char *key)
 	return smallfile_value(stat, name, 10, &value) ? 0 : value;
 }
 
+uint64_t cgroup_unmapped(const char *stat, bool v1, bool inactive_only)
+{
+	uint64_t inactive = cgroup_stat(stat, v1, "inactive_file"), file = inactive + cgroup_stat(stat, v1, "active_file");
+	uint64_t mapped = cgroup_stat(stat, v1, v1 ? "mapped_file" : "file_mapped");
+
+	file = file > mapped ? file - mapped : 0;
+	return inactive_only && inactive < file ? inactive : file;
+}
+
 /* What of the cgroup is in swap, and what it may still put there; false when that cannot be read. */
 static bool read_swap(const struct cgroup_level *level, uint64_t usage, struct evictable *e)
 {
@@ -368,7 +377,7 @@ static uint64_t level_loose(const struct cgroup_level *level, uint64_t enough)
 	if (free >= enough || smallfile_read(level->stat, stat, sizeof(stat)))
 		return free;
 	/* Some of the page cache may have to be written first. */
-	return free + cgroup_stat(stat, level->v1, "inactive_file") / 2;
+	return free + cgroup_unmapped(stat, level->v1, true) / 2;
 }
 
 uint64_t cgroups_loose(const struct cgroups *c, uint64_t enough)

@@ -19,6 +19,7 @@ struct cgroup_level {
 	int events; /* memory.events, or v1 memory.failcnt: it was at its limit */
 	bool v1;
 	uint64_t n_events; /* ... so often, at the last cgroups_freshen() */
+	uint64_t at_limit_ns; /* ... and when it was there last; CLOCK_MONOTONIC */
 };
 
 /*
@@ -71,7 +72,7 @@ uint64_t evictable_pinnable(const struct evictable *e, uint64_t reserve, bool of
 uint64_t cgroups_pinnable(struct cgroups *c, uint64_t swap_free, bool of_file);
 
 /*
- * Bytes that can be allocated in the tightest of them without anything being swapped out: UINT64_MAX without a limit, and no more
+ * Bytes that can be allocated in the tightest of them so that next to nothing is swapped out: UINT64_MAX without a limit, and no more
  * is looked for than @enough.
  */
 uint64_t cgroups_loose(const struct cgroups *c, uint64_t enough);
@@ -93,6 +94,9 @@ int cgroup_number(int fd, uint64_t *out);
 
 /* The counter @key in the text of memory.stat, children included; 0 when it is not there. */
 uint64_t cgroup_stat(const char *stat, bool v1, const char *key);
+
+/* Page cache that is mapped by nobody: it is given up easily. */
+uint64_t cgroup_unmapped(const char *stat, bool v1, bool inactive_only);
 
 /* What is not to be used of a limit. */
 uint64_t cgroup_reserve(uint64_t limit);

@@ -23,6 +23,7 @@ static const uint64_t SCANNED_PER_NS = 16; /* bytes, of pages that were used and
 static const uint64_t LOOK_MIN_NS = 2 * NS_PER_MS;
 static const uint64_t LOOK_NS = 20 * NS_PER_MS; /* ... while it reclaims */
 static const uint64_t LOOK_IDLE_NS = 100 * NS_PER_MS;
+static const uint64_t AT_LIMIT_NS = NS_PER_S; /* so long it counts as reclaiming */
 static const uint64_t LOOK_MAX_NS = 5ULL * NS_PER_S;
 /* Of a list of many gigabytes less than a tenth can be inactive and not be low. */
 static const uint64_t INACTIVE_PART = 12;
@@ -34,22 +35,22 @@ static uint64_t between(uint64_t low, uint64_t x, uint64_t high)
 	return x < low ? low : x < high ? x : high;
 }
 
-/* Whether it was at its limit since this was asked last, or nobody knows. */
-static bool was_at_limit(struct cgroup_level *level)
+/* Whether it was at its limit a short time ago, or nobody knows. */
+static bool is_at_limit(struct cgroup_level *level, uint64_t now)
 {
 	uint64_t before = level->n_events;
 	char text[512];
 
 	if (smallfile_read(level->events, text, sizeof(text)) ||
-	    smallfile_value(text, level->v1 ? "" : "max ", 10, &level->n_events))
-		return true;
-	return level->n_events != before;
+	    smallfile_value(text, level->v1 ? "" : "max ", 10, &level->n_events) || level->n_events != before)
+		level->at_limit_ns = now;
+	return level->at_limit_ns && now - level->at_limit_ns < AT_LIMIT_NS;
 }
 
 /* As cgroups_freshen(), for one of them. */
-static uint64_t freshen(struct cgroup_level *level)
+static uint64_t freshen(struct cgroup_level *level, uint64_t now)
 {
-	uint64_t limit, usage, free, inactive, anon, file, took;
+	uint64_t limit, usage, free, inactive, anon, file;
 	char stat[16384];
 
 	if (cgroup_number(level->limit, &limit) || cgroup_number(level->usage, &usage) || limit == UINT64_MAX)
@@ -57,35 +58,34 @@ static uint64_t freshen(struct cgroup_level *level)
 	free = limit > usage ? limit - usage : 0;
 	if (free > cgroup_reserve(limit) / 4) {
 		free /= ALLOCATED_PER_NS;
-		return free < LOOK_MAX_NS ? between(LOOK_IDLE_NS, free, LOOK_MAX_NS) : UINT64_MAX;
+		return free < LOOK_MAX_NS ? between(LOOK_NS, free, LOOK_MAX_NS) : UINT64_MAX;
 	}
-	took = now_ns();
-	if (!was_at_limit(level) || smallfile_read(level->stat, stat, sizeof(stat)))
+	if (!is_at_limit(level, now) || smallfile_read(level->stat, stat, sizeof(stat)))
 		return LOOK_IDLE_NS;
-	took = now_ns() - took; /* with many processors and cgroups below, it can be milliseconds */
-	inactive = cgroup_stat(stat, level->v1, "inactive_anon");
-	anon = inactive + cgroup_stat(stat, level->v1, "active_anon");
-	file = cgroup_stat(stat, level->v1, "inactive_file") + cgroup_stat(stat, level->v1, "active_file");
+	file = cgroup_unmapped(stat, level->v1, false);
 	if (file > limit / FILE_PART) /* that is reclaimed first */
 		return between(LOOK_IDLE_NS, file / ALLOCATED_PER_NS, LOOK_MAX_NS);
+	inactive = cgroup_stat(stat, level->v1, "inactive_anon");
+	anon = inactive + cgroup_stat(stat, level->v1, "active_anon");
 	if (inactive < anon / INACTIVE_PART)
 		inactive = anon / INACTIVE_PART;
-	return between(took * COST_PART > LOOK_MIN_NS ? took * COST_PART : LOOK_MIN_NS, inactive / SCANNED_PER_NS, LOOK_NS);
+	return between(LOOK_MIN_NS, inactive / SCANNED_PER_NS, LOOK_NS);
 }
 
 uint64_t cgroups_freshen(struct cgroups *c)
 {
-	uint64_t soonest = UINT64_MAX;
+	uint64_t soonest = UINT64_MAX, began = now_ns(), cost;
 	char text[32];
 
 	if (!smallfile_read(c->lru_gen, text, sizeof(text)) && strtoul(text, NULL, 16) & 1)
 		return UINT64_MAX;
 	cgroups_follow(c);
 	for (unsigned int i = 0; i < c->n_levels; i++) {
-		uint64_t here = freshen(&c->levels[i]);
+		uint64_t here = freshen(&c->levels[i], began);
 
 		if (here < soonest)
 			soonest = here;
 	}
-	return soonest;
+	cost = (now_ns() - began) * COST_PART; /* with many processors and cgroups below, reading can take milliseconds */
+	return soonest > cost ? soonest : cost;
 }

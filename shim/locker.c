@@ -481,10 +481,10 @@ static void freshen(struct locker *l)
 static uint64_t next_deadline(struct locker *l)
 {
 	uint64_t upkeep = upkeep_deadline(l), follow = follow_deadline(l), fresh = freshen_deadline(l);
+	uint64_t soonest = follow < fresh ? follow : fresh;
 
-	if (fresh < follow)
-		follow = fresh;
-	return upkeep < follow ? upkeep : follow;
+	/* What was given back goes first, see upkeep_is_due(). */
+	return follow_is_pending(l) || soonest < upkeep ? soonest : upkeep;
 }
 
 /* There is nothing to do: waits for work, or for the next look at what is held. */

@@ -22,6 +22,7 @@
 #endif
 
 static const uint64_t AGAIN_NS = 10ULL * NS_PER_S;
+static const uint64_t LONG_NS = 100 * NS_PER_MS;
 enum { FAILURES_MAX = 8 };
 
 void makeroom_init(struct makeroom *m)
@@ -29,10 +30,16 @@ void makeroom_init(struct makeroom *m)
 	*m = (struct makeroom){ .page = NULL };
 }
 
-void makeroom_deinit(struct makeroom *m)
+static void drop(struct makeroom *m)
 {
 	if (m->page)
 		munmap(m->page, PACER_CHUNK);
+	m->page = NULL;
+}
+
+void makeroom_deinit(struct makeroom *m)
+{
+	drop(m);
 	makeroom_init(m);
 }
 
@@ -51,7 +58,7 @@ static bool empty(struct makeroom *m)
 		if (!madvise(m->page, PACER_CHUNK, MADV_HUGEPAGE))
 			return true;
 	}
-	makeroom_deinit(m);
+	drop(m);
 	return false;
 }
 
@@ -73,7 +80,7 @@ static bool map(struct makeroom *m)
 	madvise(m->page, PACER_CHUNK, MADV_DONTDUMP);
 	if (!mprotect(m->page, PACER_CHUNK, PROT_READ | PROT_WRITE))
 		return empty(m);
-	makeroom_deinit(m);
+	drop(m);
 	return false;
 }
 
@@ -85,24 +92,27 @@ static int collapse(struct makeroom *m)
 
 int makeroom(struct makeroom *m)
 {
+	uint64_t began = now_ns();
 	int err;
 
-	if (now_ns() < m->again_ns || (!m->page && !map(m)))
+	if (began < m->again_ns)
 		return -ENOSYS;
-	err = collapse(m);
-	if (err == EINVAL || err == EAGAIN) { /* the small page was swapped out, or is about to be */
-		*(volatile char *)m->page = 1;
+	err = m->page || map(m) ? collapse(m) : EINVAL;
+	if (m->page && (err == EINVAL || err == EAGAIN) && now_ns() - began < LONG_NS) {
+		*(volatile char *)m->page = 1; /* it was swapped out, or is about to be */
 		err = collapse(m);
 	}
-	if (!err) {
+	if (!err && empty(m)) {
 		m->worked = true;
 		m->failures = 0;
-		return empty(m) ? 0 : -ENOSYS;
+		return 0;
 	}
-	if (err == EBUSY || err == EAGAIN || (err == EINVAL && m->failures++ < FAILURES_MAX && m->worked)) {
-		m->worked |= err == EBUSY;
+	if (err == EBUSY) {
+		m->worked = true;
 		return -EBUSY;
 	}
+	if (m->page && m->worked && (err == EAGAIN || err == EINVAL) && m->failures++ < FAILURES_MAX)
+		return -EBUSY;
 	/* The kernel cannot do it, or the host has no huge page free. */
 	m->again_ns = now_ns() + AGAIN_NS;
 	return -ENOSYS;

@@ -236,7 +236,7 @@ static void note_huge(struct stepper *st, const struct step *s, uint64_t end)
 {
 	uint64_t start = (s->r.start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK;
 
-	if (s->page_size < PACER_CHUNK && s->present + s->swapped < s->looked / 16 && start + PACER_CHUNK <= end)
+	if (s->page_size < PACER_CHUNK && s->present + s->swapped < s->looked / 2 && start + PACER_CHUNK <= end)
 		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, (struct range){ start, start + PACER_CHUNK }, 1);
 }
 
@@ -385,11 +385,24 @@ void stepper_init(struct stepper *st)
 	workers_init(&st->workers);
 }
 
+/* Whether a file has a list of processors that is not empty. */
+static bool names_processors(const char *root, const char *name)
+{
+	int fd = smallfile_open(root, name);
+	char text[4096];
+	bool any = !smallfile_read(fd, text, sizeof(text)) && text[0] >= '0' && text[0] <= '9';
+
+	fd_close(fd);
+	return any;
+}
+
 void stepper_open(struct stepper *st, const char *root)
 {
 	headroom_open(&st->headroom, root);
 	hugepages_open(&st->hugepages, root);
 	merging_open(&st->merging, root);
+	st->isolates = names_processors(root, "sys/devices/system/cpu/isolated") ||
+		       names_processors(root, "sys/devices/system/cpu/nohz_full");
 	st->pagemap = fd_above_stdio(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
 }
 

@@ -455,6 +455,18 @@ static void in_a_full_cgroup_room_is_made_for_little_at_a_time(void)
 	stepper_deinit(&stepper);
 	tree_end();
 
+	/* Where a processor is kept from the kernel's own work, that would wait for it. */
+	full_cgroup(4, 0);
+	put("sys/devices/system/cpu/isolated", "2-3\n");
+	stepper_deinit(&stepper);
+	stepper_init(&stepper);
+	stepper_open(&stepper, root);
+	s = sized(p, SIZE, 1);
+	CHECK(step_admit(&stepper, &s, &o));
+	CHECK(!stepper.makeroom.worked && !stepper.makeroom.again_ns);
+	stepper_deinit(&stepper);
+	tree_end();
+
 	/* Page cache is given up easily. */
 	full_cgroup(4, 256);
 	stepper.pace.cost[PACE_FILL] = 1000;
