@@ -133,8 +133,8 @@ static void version_one_counts_its_failures(void)
 	put_number("sys/fs/cgroup/memory/vm/memory.limit_in_bytes", 256 * MIB);
 	put_number("sys/fs/cgroup/memory/vm/memory.usage_in_bytes", 250 * MIB);
 	put("sys/fs/cgroup/memory/vm/memory.failcnt", "5\n");
-	cgroups_follow(&c);
 	put("sys/fs/cgroup/memory/vm/memory.stat", "inactive_anon 0\ntotal_inactive_anon %d\ntotal_active_anon 0\n", 80 << 20);
+	cgroups_follow(&c);
 	CHECK_EQ(least(), 80 * MIB / 16);
 	later();
 	CHECK_EQ(least(), UNHURRIED);
