@@ -50,8 +50,8 @@ LIMIT = 496 * MIB
 def test_the_guaranteed_guest_does_not_bear_it() -> None:
     """In a cgroup that is too small for both: nothing of it is in swap, but of the other one, and nobody is killed.
 
-    Where others want the processors too, the kernel kills within seconds, with or without a guarantee, unless its statistics are kept
-    up to date. So there is a small guarantee from the beginning.
+    Where others want the processors too, the kernel kills within seconds, with or without a guarantee, unless its
+    statistics are kept up to date. So there is a small guarantee from the beginning.
     """
     with ExitStack() as stack:
         stack.enter_context(Zram(GIB))
