@@ -35,7 +35,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, YIELD_LONG_NS = 100 * 1000, SLEEPS = 32, LANE = 4 * PACER_CHUNK };
+enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, YIELD_LONG_NS = 100 * 1000, SLEEPS = 32, SLEEP_EACH = 2, LANE = 4 * PACER_CHUNK };
 
 static void *address(struct range r)
 {
@@ -513,7 +513,7 @@ void step_rest(struct stepper *st, uint64_t ns)
 	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
 	unsigned int sleeps = atomic_load(&st->sleeps);
 
-	if (st->real_time || gap > LONG_GAP_NS || sleeps) {
+	if (st->real_time || gap > LONG_GAP_NS || sleeps || atomic_fetch_add(&st->rests, 1) % SLEEP_EACH == 0) {
 		struct timespec t = { 0, (long)gap };
 
 		nanosleep(&t, NULL);
@@ -525,6 +525,7 @@ void step_rest(struct stepper *st, uint64_t ns)
 	 * Whoever waits for this processor may have it now, rather than in the midst of a hold. Sleeping would do that too, and
 	 * costs more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is
 	 * long over. But where somebody wants all of it, who yields gets little of it: then it is slept, and looked again only now and then.
+	 * And only a processor that nobody wants looks for those who wait for another one, so some gaps are slept anyway.
 	 */
 	sched_yield();
 	if (now_ns() > until + YIELD_LONG_NS)

@@ -95,6 +95,7 @@ struct stepper {
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
 	int thread_stat; /* /proc/thread-self/stat of the lock thread; -1: not known */
 	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
+	atomic_uint rests; /* counts them */
 	atomic_uint sleeps; /* so many rests are slept, since others want the processor */
 	bool isolates; /* the host has processors that are kept from the kernel's own work */
 	bool real_time; /* this thread goes before others until it sleeps */
