@@ -84,10 +84,10 @@ static void size_lock(struct stepper *st, struct step *s)
 	}
 }
 
-/* Whether most of what is populated of @s becomes huge pages, as what was absent lately did; what comes from swap does not. */
+/* Whether most of what is populated of @s becomes huge pages, as what was absent lately did. */
 static bool fills_huge(const struct stepper *st, const struct step *s)
 {
-	return st->fills_huge && s->present + s->swapped < s->looked / 2;
+	return st->fills_huge && step_is_absent(s);
 }
 
 /* Decides how many bytes of @s are populated at a time, and cuts it to what is worth a step. */

@@ -236,7 +236,7 @@ static void note_huge(struct stepper *st, const struct step *s, uint64_t end)
 {
 	uint64_t start = (s->r.start + PACER_CHUNK - 1) / PACER_CHUNK * PACER_CHUNK;
 
-	if (s->page_size < PACER_CHUNK && s->present + s->swapped < s->looked / 2 && start + PACER_CHUNK <= end)
+	if (s->page_size < PACER_CHUNK && step_is_absent(s) && start + PACER_CHUNK <= end)
 		st->fills_huge = residency_count(st->pagemap, RESIDENCY_HUGE, (struct range){ start, start + PACER_CHUNK }, 1);
 }
 

@@ -55,6 +55,12 @@ struct step {
 	uint64_t looked;
 };
 
+/* Whether most of what a sized step populates is absent: what comes from swap becomes no huge pages. */
+static inline bool step_is_absent(const struct step *s)
+{
+	return s->present + s->swapped < s->looked / 2;
+}
+
 /*
  * A step has 24 pieces for each thread, so that it is worth its other system calls and a wait for each other at its end;
  * or all those of one chunk. And one hold is the lock's.

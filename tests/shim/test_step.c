@@ -261,15 +261,23 @@ static uint64_t huge_bytes(const char *p)
 	return sum;
 }
 
-/* Memory of @size bytes whose first @small bytes are in small pages, the others in huge ones; NULL where that cannot be. */
-static char *map_huge(size_t size, size_t small)
+/* Memory that nothing has touched, from the start of a huge page on. */
+static char *absent(size_t size, int advice)
 {
 	char *p = mmap(NULL, size + CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	if (p == MAP_FAILED)
 		abort();
 	p = (char *)(((uintptr_t)p + CHUNK - 1) / CHUNK * CHUNK);
-	madvise(p, size, MADV_HUGEPAGE);
+	madvise(p, size, advice);
+	return p;
+}
+
+/* Memory of @size bytes whose first @small bytes are in small pages, the others in huge ones; NULL where that cannot be. */
+static char *map_huge(size_t size, size_t small)
+{
+	char *p = absent(size, MADV_HUGEPAGE);
+
 	if (small)
 		madvise(p, small, MADV_NOHUGEPAGE);
 	memset(p, 1, size);
@@ -311,17 +319,6 @@ static struct step sized(const char *p, size_t size, unsigned int threads)
 	s.r = (struct range){ (uint64_t)(uintptr_t)p, (uint64_t)(uintptr_t)p + size };
 	step_size(&stepper, &s);
 	return s;
-}
-
-static char *absent(size_t size, int advice)
-{
-	char *p = mmap(NULL, size + CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-	if (p == MAP_FAILED)
-		abort();
-	p = (char *)(((uintptr_t)p + CHUNK - 1) / CHUNK * CHUNK);
-	madvise(p, size, advice);
-	return p;
 }
 
 static void threads_leave_out_no_piece(void)
