@@ -26,6 +26,7 @@ from tests.qemu.silence import Silence
 
 BYSTANDER = ROOT / "build/bench/bystander.so"
 LINUX = 512 * MIB
+PAUSE = 0.2  # seconds of watching before the work, and after it
 WATCHERS = ("QMP round trip", "guest clock gap", "guest page touch", "mmap in QEMU", "read of guest RAM")
 
 
@@ -263,14 +264,14 @@ class Watch:
         if self._inside:
             self._vm.helper.ask("watch")
             self._silence.__enter__()
-        time.sleep(0.2)
+        time.sleep(PAUSE)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            time.sleep(0.2)
+            time.sleep(PAUSE)
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         if error is not None:
             return

@@ -165,9 +165,9 @@ static bool make_room(struct stepper *st, const struct step *s, struct outcome *
 	uint64_t cost;
 
 	step_freshen(st);
-	step_rest(st, st->pace.budget_ns); /* before it: others would take the room */
+	rest_after(&st->rest, st->pace.budget_ns); /* before it: others would take the room */
 	/* It waits for all processors: where some are kept from the kernel's own work, for as long as that takes. */
-	if (st->isolates || st->real_time || makeroom(&st->makeroom) != -EBUSY)
+	if (st->isolates || st->rest.real_time || makeroom(&st->makeroom) != -EBUSY)
 		return true;
 	cost = cost_of(st, s);
 	headroom_spend(&st->headroom, -cost);

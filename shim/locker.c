@@ -29,6 +29,7 @@ static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
 static const uint64_t STOP_WAIT_NS = NS_PER_S; /* the longest that the control thread waits for a step */
 static const uint64_t COUNT_NS = 50 * NS_PER_MS;
 static const uint64_t RATE_NS = 250 * NS_PER_MS;
+static const uint64_t LOOK_NS = 100 * NS_PER_US; /* looking at pages is a hold too; this much between two rests */
 static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
 static const char *const state_names[] = {
 	[LOCKER_WAITING] = "waiting",	  [LOCKER_IDLE] = "idle",   [LOCKER_LOCKING] = "locking",
@@ -165,6 +166,7 @@ static void choose(struct locker *l, struct step *s)
 struct residency {
 	struct locker *locker;
 	uint64_t generation, layout_generation;
+	uint64_t looked_ns; /* since the last rest */
 };
 
 static bool is_stale(struct residency *r)
@@ -180,10 +182,19 @@ static bool is_stale(struct residency *r)
 static int find_residency(void *opaque, struct range r, struct range *runs, size_t max, uint64_t *upto)
 {
 	struct residency *looker = opaque;
+	struct stepper *st = &looker->locker->stepper;
+	uint64_t began = now_ns();
+	size_t n;
 
 	if (is_stale(looker))
 		return -ECANCELED;
-	return (int)residency_list(looker->locker->stepper.pagemap, RESIDENCY_PRESENT, r, runs, max, upto);
+	n = residency_list(st->pagemap, RESIDENCY_PRESENT, r, runs, max, upto);
+	looker->looked_ns += now_ns() - began;
+	if (looker->looked_ns >= LOOK_NS) {
+		rest_after(&st->rest, looker->looked_ns);
+		looker->looked_ns = 0;
+	}
+	return (int)n;
 }
 
 /* Counts what is absent of @on_fault, unless that is not to be known any more. Returns 0 or -ECANCELED. */
@@ -231,7 +242,7 @@ static enum shortage make_plan(struct locker *l)
 {
 	static struct ram_layout layout; /* the thread's own copies */
 	static struct extents held, on_fault;
-	struct residency r = { l, l->generation, l->layout_generation };
+	struct residency r = { l, l->generation, l->layout_generation, 0 };
 	bool stale = !plan_is_current(l);
 	uint64_t need = locker_target(l) - l->books.held.total;
 	enum order order = l->wish.order;
@@ -403,7 +414,7 @@ static void carry_out(struct locker *l, struct step *s)
 	l->stepper.pace.budget_ns = (uint64_t)l->wish.hold_budget_us * NS_PER_US;
 	/* This reads files, and may take its time; so the step is in flight only after it. */
 	pthread_mutex_unlock(&l->mutex);
-	step_note_policy(&l->stepper);
+	rest_note_policy(&l->stepper.rest);
 	step_size(&l->stepper, s);
 	if (s->unreserved)
 		count_unreserved(l);
@@ -459,7 +470,7 @@ static void carry_out(struct locker *l, struct step *s)
 	for (size_t i = 0; i < o.n_holds; i++)
 		longest = o.holds[i] > longest ? o.holds[i] : longest;
 	pthread_mutex_unlock(&l->mutex);
-	step_rest(&l->stepper, longest);
+	rest_after(&l->stepper.rest, longest);
 	pthread_mutex_lock(&l->mutex);
 }
 
@@ -532,10 +543,11 @@ void *locker_run(void *arg)
 
 	prctl(PR_SET_NAME, "ramlock-lock");
 	prctl(PR_SET_TIMERSLACK, 1); /* the default adds 50 us to every sleep */
-	stepper_begin(&l->stepper);
+	rest_begin(&l->stepper.rest);
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
 	while (!l->stop) {
+		uint64_t generation;
 		enum shortage why;
 		struct step s;
 
@@ -586,10 +598,16 @@ void *locker_run(void *arg)
 		 * A guarantee above guest RAM waits for a layout change, which wakes; all other shortages can end
 		 * without anybody telling us.
 		 */
+		generation = l->generation;
 		if (l->state == LOCKER_SHORT && l->shortage != SHORTAGE_NO_RAM)
 			wait_short(l);
 		else if (!l->stop)
 			wait_idle(l);
+		if (generation != l->generation && !l->stop) {
+			pthread_mutex_unlock(&l->mutex);
+			rest_before_work();
+			pthread_mutex_lock(&l->mutex);
+		}
 	}
 	l->ended = true;
 	pthread_cond_broadcast(&l->step_done);

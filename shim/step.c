@@ -22,9 +22,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <sched.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -35,7 +33,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096, LONG_GAP_NS = 50 * 1000, YIELD_LONG_NS = 100 * 1000, SLEEPS = 32, SLEEP_EACH = 2, LANE = 4 * PACER_CHUNK };
+enum { PAGE = 4096, LANE = 4 * PACER_CHUNK };
 
 static void *address(struct range r)
 {
@@ -213,7 +211,7 @@ static void do_pieces(void *arg)
 		if (err)
 			atomic_store(&w->err, err);
 		else if (atomic_fetch_add(&w->n_done, 1) + 1 < w->n)
-			step_rest(w->st, w->holds[i].wall / rest);
+			rest_after(&w->st->rest, w->holds[i].wall / rest);
 	}
 }
 
@@ -291,7 +289,7 @@ static void take_back(struct stepper *st, const struct step *s, uint64_t at, str
 			o->holds[o->n_holds++] = hold.wall;
 		at = end;
 		if (at < s->r.end)
-			step_rest(st, hold.wall);
+			rest_after(&st->rest, hold.wall);
 	}
 }
 
@@ -376,12 +374,13 @@ static void do_let_go(const struct step *s)
 void stepper_init(struct stepper *st)
 {
 	memset(st, 0, sizeof(*st));
-	st->pagemap = st->thread_stat = -1;
+	st->pagemap = -1;
 	headroom_init(&st->headroom);
 	makeroom_init(&st->makeroom);
 	hugepages_init(&st->hugepages);
 	merging_init(&st->merging);
 	pace_init(&st->pace);
+	rest_init(&st->rest);
 	workers_init(&st->workers);
 }
 
@@ -413,7 +412,7 @@ void stepper_deinit(struct stepper *st)
 	hugepages_deinit(&st->hugepages);
 	merging_deinit(&st->merging);
 	fd_close(st->pagemap);
-	fd_close(st->thread_stat);
+	rest_deinit(&st->rest);
 	stepper_init(st);
 }
 
@@ -470,66 +469,4 @@ void step_freshen(struct stepper *st)
 		st->freshen_ns = ns == UINT64_MAX ? ns : now_ns() + ns;
 	}
 	atomic_flag_clear(&st->freshening);
-}
-
-/* Tells the processor that this thread waits for another one. */
-static void relax(void)
-{
-#if defined(__x86_64__)
-	__builtin_ia32_pause();
-#elif defined(__aarch64__)
-	__asm__ volatile("yield");
-#endif
-}
-
-void stepper_begin(struct stepper *st)
-{
-	fd_close(st->thread_stat);
-	st->thread_stat = smallfile_open("/proc/thread-self", "stat");
-	st->policy_ns = 0;
-	step_note_policy(st);
-}
-
-void step_note_policy(struct stepper *st)
-{
-	/* Of sched_getscheduler() some of QEMU's sandboxes would kill us. Field 41 of 52; the second can have any character. */
-	char text[1024], *at = NULL;
-	int policy = SCHED_FIFO; /* as if, where it cannot be known: that harms nobody */
-
-	if (now_ns() < st->policy_ns)
-		return;
-	st->policy_ns = now_ns() + NS_PER_S;
-	if (!smallfile_read(st->thread_stat, text, sizeof(text)))
-		at = strrchr(text, ')');
-	for (int field = 2; at && field < 41; field++)
-		at = strchr(at + 1, ' ');
-	if (at)
-		policy = atoi(at + 1);
-	st->real_time = policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE;
-}
-
-void step_rest(struct stepper *st, uint64_t ns)
-{
-	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
-	unsigned int sleeps = atomic_load(&st->sleeps);
-
-	if (st->real_time || gap > LONG_GAP_NS || sleeps || atomic_fetch_add(&st->rests, 1) % SLEEP_EACH == 0) {
-		struct timespec t = { 0, (long)gap };
-
-		nanosleep(&t, NULL);
-		if (sleeps)
-			atomic_store(&st->sleeps, sleeps - 1);
-		return;
-	}
-	/*
-	 * Whoever waits for this processor may have it now, rather than in the midst of a hold. Sleeping would do that too, and
-	 * costs more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is
-	 * long over. But where somebody wants all of it, who yields gets little of it: then it is slept, and looked again only now and then.
-	 * And only a processor that nobody wants looks for those who wait for another one, so some gaps are slept anyway.
-	 */
-	sched_yield();
-	if (now_ns() > until + YIELD_LONG_NS)
-		atomic_store(&st->sleeps, SLEEPS);
-	while (now_ns() < until)
-		relax();
 }

@@ -14,6 +14,7 @@
 #include "makeroom.h"
 #include "merging.h"
 #include "pacer.h"
+#include "rest.h"
 #include "tmpfs.h"
 #include "workers.h"
 
@@ -99,12 +100,8 @@ struct stepper {
 	uint64_t freshen_ns; /* CLOCK_MONOTONIC: when cgroups_freshen() is due */
 	atomic_flag freshening; /* a thread is at it */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
-	int thread_stat; /* /proc/thread-self/stat of the lock thread; -1: not known */
-	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
-	atomic_uint rests; /* counts them */
-	atomic_uint sleeps; /* so many rests are slept, since others want the processor */
+	struct rest rest;
 	bool isolates; /* the host has processors that are kept from the kernel's own work */
-	bool real_time; /* this thread goes before others until it sleeps */
 	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };
 
@@ -128,14 +125,5 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 
 /* Calls cgroups_freshen() if that is due. Any thread of the step's may. */
 void step_freshen(struct stepper *st);
-
-/* The calling thread is the one that takes the steps from now on. */
-void stepper_begin(struct stepper *st);
-
-/* Looks, once a second at most, at the scheduling policy of that thread, which somebody may have changed. */
-void step_note_policy(struct stepper *st);
-
-/* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. */
-void step_rest(struct stepper *st, uint64_t ns);
 
 #endif

@@ -90,7 +90,7 @@ struct walk {
 static void let_others_in(struct locker *l, uint64_t took)
 {
 	if (took > LONG_CALL_NS)
-		step_rest(&l->stepper, took);
+		rest_after(&l->stepper.rest, took);
 }
 
 /* Takes our lock from @r. */
@@ -433,7 +433,7 @@ void upkeep_run(struct locker *l)
 	w.private_left = PRIVATE_BYTES;
 	pthread_mutex_unlock(&l->mutex);
 	merging_look(&l->stepper.merging);
-	step_note_policy(&l->stepper);
+	rest_note_policy(&l->stepper.rest);
 	follow_tidy(l);
 	pthread_mutex_lock(&l->mutex);
 	w.merging = l->stepper.merging.at_work;

@@ -293,7 +293,7 @@ void locker_give(struct locker *l, struct books *books, struct wish *wish)
 
 		upkeep_begin_piece(l, s.r);
 		step_carry_out(&l->stepper, &s, &o);
-		step_rest(&l->stepper, now_ns() - began);
+		rest_after(&l->stepper.rest, now_ns() - began);
 		upkeep_end_piece(l);
 		extents_remove(&l->books.gone, s.r);
 	}

@@ -255,6 +255,32 @@ static void nothing_wakes_for_no_guarantee(void)
 	end();
 }
 
+/* Nor is it one turn on a processor: a vCPU may wait for that. */
+static void a_long_look_has_rests(void)
+{
+	enum { LARGE = 4 * BLOCK };
+	char *p = mmap(NULL, LARGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	struct ram_layout large = { .n = 1 };
+	unsigned int rests;
+
+	if (p == MAP_FAILED || madvise(p, LARGE, MADV_NOHUGEPAGE))
+		abort();
+	memset(p, 1, LARGE);
+	begin();
+	large.v[0] = (struct ram_block){ .id = "ram", .page_size = 4096, .host = range_at(p, LARGE) };
+	layout_finish(&large);
+	locker_set_layout(&locker, &large);
+	wait_idle();
+	rests = atomic_load(&locker.stepper.rest.n);
+	set(4096, ORDER_RESIDENT, true); /* one step, one rest; what is there is looked for everywhere */
+	wait_idle();
+	CHECK_EQ(status.locked, 4096);
+	CHECK(atomic_load(&locker.stepper.rest.n) - rests > 1);
+	end();
+	locker_remove(&locker, large.v[0].host);
+	munmap(p, LARGE);
+}
+
 /* Nothing but a timer of seconds tells that there is room again; and then it is taken, and the timer ends. */
 static void a_short_guarantee_is_tried_again_slowly(void)
 {
@@ -481,7 +507,7 @@ static void too_much_is_refused_and_the_former_wish_stays(void)
 CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on_fault_locks_what_is_touched),
 	   CASE(the_last_of_many_wishes_counts), CASE(a_scattered_guest_stays_in_few_extents),
 	   CASE(several_threads_populate), CASE(nothing_wakes_for_no_guarantee),
-	   CASE(a_short_guarantee_is_tried_again_slowly),
+	   CASE(a_long_look_has_rests), CASE(a_short_guarantee_is_tried_again_slowly),
 	   CASE(locks_of_others_are_left_alone), CASE(locks_of_others_are_told_to_the_page),
 	   CASE(a_failed_lock_is_taken_back_beside_others), CASE(an_unplugged_block_moves_the_guarantee),
 	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(a_block_that_shrinks_keeps_what_is_left),

@@ -488,19 +488,19 @@ static void a_real_time_policy_is_noticed(void)
 			for (int field = 4; field <= 40; field++)
 				strcat(zeroes, " 0");
 			put("stat", "7 (%s) R%s %d 0 0\n", names[i], zeroes, policy);
-			fd_close(stepper.thread_stat);
-			stepper.thread_stat = smallfile_open(root, "stat");
-			stepper.policy_ns = 0;
-			step_note_policy(&stepper);
-			CHECK_EQ(stepper.real_time, policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE);
+			fd_close(stepper.rest.thread_stat);
+			stepper.rest.thread_stat = smallfile_open(root, "stat");
+			stepper.rest.policy_ns = 0;
+			rest_note_policy(&stepper.rest);
+			CHECK_EQ(stepper.rest.real_time, policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE);
 		}
-	fd_close(stepper.thread_stat);
-	stepper.thread_stat = -1;
-	stepper.policy_ns = 0;
-	step_note_policy(&stepper);
-	CHECK(stepper.real_time); /* for all one knows */
-	stepper_begin(&stepper);
-	CHECK(!stepper.real_time); /* this thread */
+	fd_close(stepper.rest.thread_stat);
+	stepper.rest.thread_stat = -1;
+	stepper.rest.policy_ns = 0;
+	rest_note_policy(&stepper.rest);
+	CHECK(stepper.rest.real_time); /* for all one knows */
+	rest_begin(&stepper.rest);
+	CHECK(!stepper.rest.real_time); /* this thread */
 	end();
 }
 

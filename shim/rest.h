@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* How the lock thread leaves mmap_lock, and the processors, to others. Knows no locker and no step. */
+#ifndef RAMLOCK_REST_H
+#define RAMLOCK_REST_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct rest {
+	int thread_stat; /* /proc/thread-self/stat of the lock thread; -1: not known */
+	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
+	atomic_uint n; /* counts them */
+	atomic_uint sleeps; /* so many are slept, since others want the processor */
+	bool real_time; /* the lock thread goes before others until it sleeps */
+};
+
+void rest_init(struct rest *r);
+void rest_deinit(struct rest *r);
+
+/* The calling thread is the lock thread from now on. */
+void rest_begin(struct rest *r);
+
+/* Looks, once a second at most, at the scheduling policy of the lock thread, which somebody may have changed. */
+void rest_note_policy(struct rest *r);
+
+/* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. Any thread may. */
+void rest_after(struct rest *r, uint64_t ns);
+
+/* Lets the kernel choose a processor for this thread, before long work: sleeps for a fifth of a millisecond. */
+void rest_before_work(void);
+
+#endif
