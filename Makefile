@@ -96,17 +96,17 @@ test: ## Run the whole test suite: linters, the shim's C units, the Python units
 	@+$(AGAIN) linted
 	@+$(AGAIN) test-shim
 ifeq ($(strip $(ARGS)),)
-	@+$(AGAIN) --jobs=2 test-without-qemu test-with-qemu
+	@+$(AGAIN) --jobs=2 test-apart test-with-qemu
 else
 	@$(PYTHON_BIN) -m pytest tests $(ARGS)
 endif
 
 # These wait more than they compute, so both run at once. What the first says is shown in one piece.
-APART := tests/unit tests/victim
-.PHONY: test-without-qemu test-with-qemu
-test-without-qemu:
-	@$(PYTHON_BIN) -m pytest $(APART) >build/test-without-qemu.log 2>&1 && result=0 || result=$$?; \
-		cat build/test-without-qemu.log; exit $$result
+APART := tests/unit tests/victim tests/packaging tests/fleet tests/test_make.py
+.PHONY: test-apart test-with-qemu
+test-apart:
+	@$(PYTHON_BIN) -m pytest $(APART) >build/test-apart.log 2>&1 && result=0 || result=$$?; \
+		cat build/test-apart.log; exit $$result
 
 test-with-qemu:
 	@$(PYTHON_BIN) -m pytest tests $(APART:%=--ignore=%)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -19,13 +20,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kvm
 import reporting
 from bench import PAUSE, Measured, Vm, Watch, measured_of
-from tests.qemu.guest import GIB, ROOT
+from tests.qemu.guest import GIB, ROOT, SHIM
 from tests.qemu.pressure import Zram
 
 RESULTS = ROOT / "build/bench"
@@ -72,9 +74,11 @@ class Rounds:
         self.vm.helper.ask(f"spin {wall} {min(cpu / wall, 1.0)}")
         return self._like
 
-    def wait(self) -> tuple[float, float]:
-        time.sleep(self._like[0])
-        return self._like[0], 0.0
+    def wait(self, seconds: float | None = None) -> tuple[float, float]:
+        """Nothing, for as long as the last ramlock took."""
+        seconds = self._like[0] if seconds is None else seconds
+        time.sleep(seconds)
+        return seconds, 0.0
 
     def prealloc(self) -> tuple[float, float]:
         """QEMU populates as much in a new backend, by two threads of its own; nothing is locked."""
@@ -92,7 +96,8 @@ class Rounds:
         vm, whole = self.vm, self.whole
         ours = self.measure("ramlock", lambda: vm.guarantee(self.asked))
         self._like = (ours.wall, ours.cpu)
-        self.measure("ramlock, lowering", lambda: vm.guarantee(0), prepare=False)
+        lowered = self.measure("ramlock, lowering", lambda: vm.guarantee(0), prepare=False)
+        self.measure("idle, lowering", lambda: self.wait(lowered.wall), prepare=False)
         self.measure("own thread", lambda: vm.do("lock", whole))
         self.measure("own thread, lowering", lambda: vm.do("unlock", whole), prepare=False)
         self.measure("spinner", self.spin)
@@ -113,7 +118,10 @@ class Rounds:
             self.note("idle guest: prealloc, 2 threads", self.prealloc(), vm.size)
 
     def alone(self) -> float:
-        """With a processor to spare: nobody asks or maps, only the guest looks at its clock. Returns ramlock's time."""
+        """With a processor to spare: nobody asks or maps, only the guest looks at its clock. Returns ramlock's time.
+
+        But for the shim's news of its progress, ten times a second, which this process is told.
+        """
         vm, whole = self.vm, self.whole
         ours = self.measure("ramlock alone", lambda: vm.guarantee(self.asked), inside=False)
         self._like = (ours.wall, ours.cpu)
@@ -138,6 +146,7 @@ def run(folder: Path, kind: str, size: int, rounds: int, accel: str, more: bool)
     """Measures one kind of memory and writes what was found; with `more` it adds to what was found before."""
     pages, state, part = KINDS[kind]
     size = int(size * part) // GIB * GIB or GIB
+    former = former_of(path_of(folder, kind, size), accel) if more else None
     with ExitStack() as stack:
         stack.enter_context(reporting.setting(THP, pages))
         if state == "swapped":
@@ -152,8 +161,7 @@ def run(folder: Path, kind: str, size: int, rounds: int, accel: str, more: bool)
         vm.guarantee(64 << 20)
         wakeups.append(vm.wakeups(10))
         work = Rounds(vm, state)
-        if more and path_of(folder, kind, size).exists():
-            former = json.loads(path_of(folder, kind, size).read_text())
+        if former:
             work.measured = {name: [measured_of(m) for m in many] for name, many in former["measured"].items()}
             work.events = former["events"]
         for number in range(rounds):
@@ -162,22 +170,42 @@ def run(folder: Path, kind: str, size: int, rounds: int, accel: str, more: bool)
             save(folder, kind, size, accel, wakeups, work)
 
 
+def machine() -> str:
+    """What this is measured on."""
+    memory = os.sysconf("SC_PHYS_PAGES") * 4096 / GIB
+    return f"{os.cpu_count()} processors, {memory:.0f} GiB, Linux {platform.release()}"
+
+
+def former_of(path: Path, accel: str) -> dict[str, Any] | None:
+    """What was found before of the same shim on the same machine, if anything was."""
+    if not path.exists():
+        return None
+    former: dict[str, Any] = json.loads(path.read_text())
+    now = (accel, machine(), hashlib.sha256(SHIM.read_bytes()).hexdigest())
+    if (former["accel"], former["machine"], former.get("shim")) != now:
+        sys.exit(f"{path} is of another shim or machine.\nMeasure without --more.")
+    return former
+
+
 def save(folder: Path, kind: str, size: int, accel: str, wakeups: list[int], work: Rounds) -> None:
     """Writes what was found so far: an interrupted run is worth its rounds."""
-    memory = os.sysconf("SC_PHYS_PAGES") * 4096 / GIB
     result = {
         "kind": kind,
         "size": size,
         "rounds": len(work.measured["idle"]),
         "date": time.strftime("%Y-%m-%d"),
         "accel": accel,
-        "machine": f"{os.cpu_count()} processors, {memory:.0f} GiB, Linux {platform.release()}",
+        "machine": machine(),
+        "shim": hashlib.sha256(SHIM.read_bytes()).hexdigest(),
         "wakeups": wakeups,
         "measured": {name: [dataclasses.asdict(m) for m in many] for name, many in work.measured.items()},
         "events": work.events,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path_of(folder, kind, size).write_text(json.dumps(result))
+    path = path_of(folder, kind, size)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result))
+    new.replace(path)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import reporting
 from rich.console import Console
 from rich.table import Table
 from tests.qemu import truth
@@ -25,7 +26,7 @@ from tests.qemu.guest import GIB, Guest
 from tests.qemu.monitor import Monitor
 from tests.qemu.silence import Silence
 
-ROUNDS = 5
+ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,11 @@ def main() -> None:
     """Measures and prints the table."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     results: dict[str, list[Result]] = {name: [] for name in WAYS}
-    for number in range(ROUNDS):
-        for name, way in WAYS.items():
-            results[name].append(way())
-        print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
+    with reporting.kept():
+        for number in range(ROUNDS):
+            for name, way in WAYS.items():
+                results[name].append(way())
+            print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
     table = Table(title=f"1 GiB, emulated VM, medians of {ROUNDS} interleaved rounds")
     for column in ("", "longest silence", "of the worst round", "times idle", "took", "GiB/s"):
         table.add_column(column, justify="left" if not column else "right")

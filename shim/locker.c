@@ -29,7 +29,6 @@ static const uint64_t PROGRESS_NS = 100 * NS_PER_MS;
 static const uint64_t STOP_WAIT_NS = NS_PER_S; /* the longest that the control thread waits for a step */
 static const uint64_t COUNT_NS = 50 * NS_PER_MS;
 static const uint64_t RATE_NS = 250 * NS_PER_MS;
-static const uint64_t LOOK_NS = 100 * NS_PER_US; /* looking at pages is a hold too; this much between two rests */
 static const uint64_t RETRY_MAX_NS = 8ULL * NS_PER_S;
 static const char *const state_names[] = {
 	[LOCKER_WAITING] = "waiting",	  [LOCKER_IDLE] = "idle",   [LOCKER_LOCKING] = "locking",
@@ -166,7 +165,6 @@ static void choose(struct locker *l, struct step *s)
 struct residency {
 	struct locker *locker;
 	uint64_t generation, layout_generation;
-	uint64_t looked_ns; /* since the last rest */
 };
 
 static bool is_stale(struct residency *r)
@@ -174,7 +172,7 @@ static bool is_stale(struct residency *r)
 	bool stale;
 
 	pthread_mutex_lock(&r->locker->mutex);
-	stale = r->generation != r->locker->generation || r->layout_generation != r->locker->layout_generation;
+	stale = r->locker->stop || r->generation != r->locker->generation || r->layout_generation != r->locker->layout_generation;
 	pthread_mutex_unlock(&r->locker->mutex);
 	return stale;
 }
@@ -183,17 +181,14 @@ static int find_residency(void *opaque, struct range r, struct range *runs, size
 {
 	struct residency *looker = opaque;
 	struct stepper *st = &looker->locker->stepper;
-	uint64_t began = now_ns();
+	uint64_t began;
 	size_t n;
 
 	if (is_stale(looker))
 		return -ECANCELED;
+	began = now_ns();
 	n = residency_list(st->pagemap, RESIDENCY_PRESENT, r, runs, max, upto);
-	looker->looked_ns += now_ns() - began;
-	if (looker->looked_ns >= LOOK_NS) {
-		rest_after(&st->rest, looker->looked_ns);
-		looker->looked_ns = 0;
-	}
+	step_looked(st, now_ns() - began);
 	return (int)n;
 }
 
@@ -221,17 +216,17 @@ static int count_owed(struct residency *r, const struct extents *on_fault)
 	return 0;
 }
 
-/* Has guest RAM looked at, with the mutex given up meanwhile. Returns whether it was found changed. */
+/* Has guest RAM looked at, with the mutex given up meanwhile. Returns whether it was found changed, or the wish is another one. */
 static bool has_changed(struct locker *l)
 {
-	uint64_t layout_generation = l->layout_generation;
+	uint64_t generation = l->generation, layout_generation = l->layout_generation;
 
 	if (!l->look)
 		return false;
 	pthread_mutex_unlock(&l->mutex);
 	l->look(l->opaque);
 	pthread_mutex_lock(&l->mutex);
-	return layout_generation != l->layout_generation;
+	return generation != l->generation || layout_generation != l->layout_generation;
 }
 
 /*
@@ -242,7 +237,7 @@ static enum shortage make_plan(struct locker *l)
 {
 	static struct ram_layout layout; /* the thread's own copies */
 	static struct extents held, on_fault;
-	struct residency r = { l, l->generation, l->layout_generation, 0 };
+	struct residency r = { l, l->generation, l->layout_generation };
 	bool stale = !plan_is_current(l);
 	uint64_t need = locker_target(l) - l->books.held.total;
 	enum order order = l->wish.order;
@@ -264,11 +259,14 @@ static enum shortage make_plan(struct locker *l)
 	if (order == ORDER_RESIDENT && !l->plan_resident_done) {
 		int err = plan_resident(&l->plan, &layout, &held, need, find_residency, &r);
 
-		if (err)
+		if (err) {
 			plan_clear(&l->plan);
-		l->plan_resident_done = !err;
+			pthread_mutex_lock(&l->mutex);
+			return SHORTAGE_NONE;
+		}
+		l->plan_resident_done = true;
 	}
-	if (!l->plan.n && !is_stale(&r)) {
+	if (!l->plan.n) {
 		plan_address(&l->plan, &layout, &held, need);
 		/* Where no more runs may be had, gaps are what is left, though there may be resident pages elsewhere. */
 		l->plan.fills = order == ORDER_RESIDENT && held.n >= PLAN_EXTENTS_MAX;
@@ -278,7 +276,7 @@ static enum shortage make_plan(struct locker *l)
 		l->plan.n = (size_t)runs;
 
 	pthread_mutex_lock(&l->mutex);
-	if (r.generation != l->generation || r.layout_generation != l->layout_generation)
+	if (l->stop || r.generation != l->generation || r.layout_generation != l->layout_generation)
 		return SHORTAGE_NONE;
 	l->plan_valid = true;
 	l->plan_generation = r.generation;
@@ -547,7 +545,7 @@ void *locker_run(void *arg)
 	pthread_mutex_lock(&l->mutex);
 	l->retry_ns = RETRY_MIN_NS;
 	while (!l->stop) {
-		uint64_t generation;
+		uint64_t generation, layout_generation;
 		enum shortage why;
 		struct step s;
 
@@ -599,11 +597,12 @@ void *locker_run(void *arg)
 		 * without anybody telling us.
 		 */
 		generation = l->generation;
+		layout_generation = l->layout_generation;
 		if (l->state == LOCKER_SHORT && l->shortage != SHORTAGE_NO_RAM)
 			wait_short(l);
 		else if (!l->stop)
 			wait_idle(l);
-		if (generation != l->generation && !l->stop) {
+		if (!l->stop && (generation != l->generation || layout_generation != l->layout_generation)) {
 			pthread_mutex_unlock(&l->mutex);
 			rest_before_work();
 			pthread_mutex_lock(&l->mutex);

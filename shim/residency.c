@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 
 enum { PAGE = 4096, HUGE = 2 << 20, RUNS = 64 };
-static const uint64_t PIECE = 64 << 20;
+static const uint64_t PIECE = 64 << 20, REACH = 256 << 20; /* what does not count, but has page tables, takes its time as well */
 
 static const struct {
 	uint64_t mask, inverted; /* pages of all these categories; of these not to be in them */
@@ -21,11 +21,12 @@ static const struct {
 
 int residency_scan(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max, uint64_t *upto)
 {
+	const uint64_t end = range_size(r) < REACH ? r.end : r.start + REACH;
 	struct pagemap_region v[RUNS];
 	struct pagemap_scan s = {
 		.size = sizeof(s),
 		.start = r.start,
-		.end = r.end,
+		.end = end,
 		.vec = (uint64_t)(uintptr_t)v,
 		.vec_len = max < RUNS ? max : RUNS,
 		.max_pages = kind == RESIDENCY_ABSENT ? 0 : PIECE / PAGE,
@@ -39,7 +40,7 @@ int residency_scan(int pagemap, enum residency_kind kind, struct range r, struct
 		return -1;
 	for (int i = 0; i < n; i++)
 		runs[i] = (struct range){ v[i].start, v[i].end };
-	*upto = s.walk_end < r.end ? s.walk_end : r.end;
+	*upto = s.walk_end < end ? s.walk_end : end;
 	return n;
 }
 

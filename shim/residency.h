@@ -18,14 +18,14 @@ enum residency_kind {
 
 /*
  * Lists runs of such pages in @r from its start on, at most @max, into @runs, by PAGEMAP_SCAN (Linux 6.7). *upto is how far
- * it looked: no further than 64 MiB of such pages (absent ones: any length). Returns how many runs there are, or -1 when the
+ * it looked: no further than 256 MiB, or 64 MiB of such pages (but absent ones). Returns how many runs there are, or -1 when the
  * kernel cannot tell.
  */
 int residency_scan(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max, uint64_t *upto);
 
 /*
  * The same where the kernel cannot tell: one call keeps mmap_lock, for reading, for no longer than 64 MiB of present pages
- * take, or any length of none. Then mincore(2) is asked, which takes the zero page for present and cannot tell what is of
+ * take, or 256 MiB of none. Then mincore(2) is asked, which takes the zero page for present and cannot tell what is of
  * another kind: nothing, then.
  */
 size_t residency_list(int pagemap, enum residency_kind kind, struct range r, struct range *runs, size_t max,

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Rests between holds of mmap_lock.
+ * Rests between holds of mmap_lock, and before work.
  *
  * A gap must be long enough for a writer that sleeps to be woken, to run and to try: 10 to 15 us where a processor is idle. A reader
  * that is back sooner overtakes it (rwsem_down_read_slowpath() steals the lock), for up to 8 ms, until the writer has the lock handed over.
@@ -16,6 +16,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#ifndef SCHED_DEADLINE
+#define SCHED_DEADLINE 6
+#endif
 
 enum { LONG_GAP_NS = 50 * 1000, YIELD_LONG_NS = 100 * 1000, SLEEPS = 32, SLEEP_EACH = 2, BEFORE_WORK_NS = 200 * 1000 };
 
@@ -50,7 +54,7 @@ void rest_note_policy(struct rest *r)
 {
 	/* Of sched_getscheduler() some of QEMU's sandboxes would kill us. Field 41 of 52; the second can have any character. */
 	char text[1024], *at = NULL;
-	int policy = SCHED_FIFO; /* as if, where it cannot be known: that harms nobody */
+	int policy = SCHED_OTHER;
 
 	if (now_ns() < r->policy_ns)
 		return;
@@ -61,7 +65,8 @@ void rest_note_policy(struct rest *r)
 		at = strchr(at + 1, ' ');
 	if (at)
 		policy = atoi(at + 1);
-	r->real_time = policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE;
+	r->policy_unknown = !at;
+	r->real_time = policy == SCHED_FIFO || policy == SCHED_RR || policy == SCHED_DEADLINE;
 }
 
 /* Tells the processor that this thread waits for another one. */
@@ -77,12 +82,12 @@ static void relax(void)
 void rest_after(struct rest *r, uint64_t ns)
 {
 	uint64_t gap = pacer_gap(ns), until = now_ns() + gap;
-	unsigned int n = atomic_fetch_add(&r->n, 1), sleeps = atomic_load(&r->sleeps);
+	unsigned int n = atomic_fetch_add(&r->n_rests, 1), left = atomic_load(&r->sleeps_left);
 
-	if (r->real_time || gap > LONG_GAP_NS || sleeps || n % SLEEP_EACH == 0) {
+	if (r->real_time || r->policy_unknown || gap > LONG_GAP_NS || left || n % SLEEP_EACH == 0) {
 		sleep_ns(gap);
-		if (sleeps)
-			atomic_store(&r->sleeps, sleeps - 1);
+		if (left) /* unless another thread was here meanwhile */
+			atomic_compare_exchange_strong(&r->sleeps_left, &left, left - 1);
 		return;
 	}
 	/*
@@ -93,9 +98,15 @@ void rest_after(struct rest *r, uint64_t ns)
 	 */
 	sched_yield();
 	if (now_ns() > until + YIELD_LONG_NS)
-		atomic_store(&r->sleeps, SLEEPS);
+		atomic_store(&r->sleeps_left, SLEEPS);
 	while (now_ns() < until)
 		relax();
+}
+
+void rest_asleep(struct rest *r, uint64_t ns)
+{
+	atomic_fetch_add(&r->n_rests, 1);
+	sleep_ns(pacer_gap(ns));
 }
 
 void rest_before_work(void)

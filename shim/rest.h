@@ -10,9 +10,10 @@
 struct rest {
 	int thread_stat; /* /proc/thread-self/stat of the lock thread; -1: not known */
 	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
-	atomic_uint n; /* counts them */
-	atomic_uint sleeps; /* so many are slept, since others want the processor */
 	bool real_time; /* the lock thread goes before others until it sleeps */
+	bool policy_unknown; /* and so might do that */
+	atomic_uint n_rests;
+	atomic_uint sleeps_left; /* so many are slept, since others want the processor */
 };
 
 void rest_init(struct rest *r);
@@ -24,8 +25,11 @@ void rest_begin(struct rest *r);
 /* Looks, once a second at most, at the scheduling policy of the lock thread, which somebody may have changed. */
 void rest_note_policy(struct rest *r);
 
-/* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. Any thread may. */
+/* Leaves mmap_lock alone after a hold of @ns, so that a waiting writer gets in. Any thread of the same policy may. */
 void rest_after(struct rest *r, uint64_t ns);
+
+/* The same, and gives up the processor too. */
+void rest_asleep(struct rest *r, uint64_t ns);
 
 /* Lets the kernel choose a processor for this thread, before long work: sleeps for a fifth of a millisecond. */
 void rest_before_work(void);

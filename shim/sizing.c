@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* How much one step is, so that none of its system calls should take longer than the hold budget. */
+#include "clock.h"
 #include "residency.h"
 #include "step.h"
 
@@ -53,9 +54,10 @@ static void size_lock(struct stepper *st, struct step *s)
 	s->present = 0;
 	while (at < s->r.end) {
 		struct range runs[32];
-		uint64_t upto, seen = at;
+		uint64_t upto, seen = at, began = now_ns();
 		size_t n = residency_list(st->pagemap, RESIDENCY_PRESENT, (struct range){ at, s->r.end }, runs, 32, &upto);
 
+		step_looked(st, now_ns() - began);
 		for (size_t i = 0; i <= n; i++) {
 			/* What is absent up to the run, and the run. */
 			struct range run = i < n ? runs[i] : (struct range){ upto, upto };

@@ -33,7 +33,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096, LANE = 4 * PACER_CHUNK };
+enum { PAGE = 4096, LANE = 4 * PACER_CHUNK, LOOKED_NS = 300 * 1000 };
 
 static void *address(struct range r)
 {
@@ -192,7 +192,7 @@ static void do_pieces(void *arg)
 	struct piecework *w = arg;
 	const struct step *s = w->s;
 	/* Beside another thread, one that comes back behind a waiting writer queues (rwsem_down_read_slowpath()). */
-	const uint64_t rest = w->threads > 1 ? 4 : 1;
+	const uint64_t part = w->threads > 1 ? 4 : 1;
 	size_t turn;
 
 	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < w->turns) {
@@ -211,7 +211,7 @@ static void do_pieces(void *arg)
 		if (err)
 			atomic_store(&w->err, err);
 		else if (atomic_fetch_add(&w->n_done, 1) + 1 < w->n)
-			rest_after(&w->st->rest, w->holds[i].wall / rest);
+			rest_after(&w->st->rest, w->holds[i].wall / part);
 	}
 }
 
@@ -456,6 +456,16 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 	case STEP_SUSPENDED:
 		assert(!"nothing to carry out");
 	}
+}
+
+void step_looked(struct stepper *st, uint64_t ns)
+{
+	st->looked_ns += ns;
+	if (st->looked_ns < LOOKED_NS)
+		return;
+	rest_asleep(&st->rest, st->looked_ns);
+	st->looked_ns = 0;
+	step_freshen(st);
 }
 
 void step_freshen(struct stepper *st)

@@ -101,6 +101,7 @@ struct stepper {
 	atomic_flag freshening; /* a thread is at it */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
 	struct rest rest;
+	uint64_t looked_ns; /* looks at pages took that long since the last rest from it */
 	bool isolates; /* the host has processors that are kept from the kernel's own work */
 	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };
@@ -122,6 +123,9 @@ bool step_admit(struct stepper *st, struct step *s, struct outcome *o);
 
 /* Carries out @s, which was admitted. */
 void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o);
+
+/* The lock thread has looked at pages, which keeps mmap_lock too, for @ns: it rests now and then, asleep, and keeps cgroups fresh. */
+void step_looked(struct stepper *st, uint64_t ns);
 
 /* Calls cgroups_freshen() if that is due. Any thread of the step's may. */
 void step_freshen(struct stepper *st);

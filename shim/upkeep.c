@@ -272,12 +272,14 @@ static bool walk_over(struct locker *l, struct walk *w, uint64_t from, uint64_t 
 	books = l->books;
 	while (next_piece(l, from, &r, &found) && r.start < to) {
 		const struct ram_block b = *found;
+		uint64_t took = now_ns();
 
 		if (follow_is_pending(l))
 			return false;
 
 		upkeep_begin_piece(l, r);
 		look_at(l, w, &books, &b, r);
+		took = now_ns() - took;
 		upkeep_end_piece(l);
 		for (size_t i = 0; i < w->doubtful.n; i++)
 			books_doubt(&l->books, w->doubtful.v[i]);
@@ -285,6 +287,9 @@ static bool walk_over(struct locker *l, struct walk *w, uint64_t from, uint64_t 
 			return false; /* unplugged; or VmLck will tell */
 		if (w->gone)
 			books_remove(&l->books, r);
+		pthread_mutex_unlock(&l->mutex);
+		step_looked(&l->stepper, took);
+		pthread_mutex_lock(&l->mutex);
 		if (is_cut_short(l, generation, layout_generation))
 			return false;
 		from = r.end;

@@ -289,13 +289,16 @@ void locker_give(struct locker *l, struct books *books, struct wish *wish)
 	/* What is no guest RAM is not handed over; the thread has ended, so it is unlocked here. */
 	while (locker_next_gone(l, &s.r)) {
 		struct outcome o;
-		uint64_t began = now_ns();
+		uint64_t took = now_ns();
 
 		upkeep_begin_piece(l, s.r);
 		step_carry_out(&l->stepper, &s, &o);
-		rest_after(&l->stepper.rest, now_ns() - began);
+		took = now_ns() - took;
 		upkeep_end_piece(l);
 		extents_remove(&l->books.gone, s.r);
+		pthread_mutex_unlock(&l->mutex);
+		rest_after(&l->stepper.rest, took);
+		pthread_mutex_lock(&l->mutex);
 	}
 	*books = l->books;
 	*wish = l->wish;

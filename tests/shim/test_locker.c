@@ -271,11 +271,11 @@ static void a_long_look_has_rests(void)
 	layout_finish(&large);
 	locker_set_layout(&locker, &large);
 	wait_idle();
-	rests = atomic_load(&locker.stepper.rest.n);
+	rests = atomic_load(&locker.stepper.rest.n_rests);
 	set(4096, ORDER_RESIDENT, true); /* one step, one rest; what is there is looked for everywhere */
 	wait_idle();
 	CHECK_EQ(status.locked, 4096);
-	CHECK(atomic_load(&locker.stepper.rest.n) - rests > 1);
+	CHECK(atomic_load(&locker.stepper.rest.n_rests) - rests > 1);
 	end();
 	locker_remove(&locker, large.v[0].host);
 	munmap(p, LARGE);

@@ -9,7 +9,6 @@
 
 #include <fcntl.h>
 #include <pthread.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -475,35 +474,6 @@ static void in_a_full_cgroup_room_is_made_for_little_at_a_time(void)
 	end();
 }
 
-/* The scheduling policy is field 41; the second is the thread's name, as it likes. */
-static void a_real_time_policy_is_noticed(void)
-{
-	static const char *const names[] = { "qemu", "a) b (c) 1 1", "" };
-
-	begin();
-	for (size_t i = 0; i < 3; i++)
-		for (int policy = 0; policy <= 6; policy++) {
-			char zeroes[37 * 2 + 1] = "";
-
-			for (int field = 4; field <= 40; field++)
-				strcat(zeroes, " 0");
-			put("stat", "7 (%s) R%s %d 0 0\n", names[i], zeroes, policy);
-			fd_close(stepper.rest.thread_stat);
-			stepper.rest.thread_stat = smallfile_open(root, "stat");
-			stepper.rest.policy_ns = 0;
-			rest_note_policy(&stepper.rest);
-			CHECK_EQ(stepper.rest.real_time, policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE);
-		}
-	fd_close(stepper.rest.thread_stat);
-	stepper.rest.thread_stat = -1;
-	stepper.rest.policy_ns = 0;
-	rest_note_policy(&stepper.rest);
-	CHECK(stepper.rest.real_time); /* for all one knows */
-	rest_begin(&stepper.rest);
-	CHECK(!stepper.rest.real_time); /* this thread */
-	end();
-}
-
 /* Small pages come after huge ones as the unlocking goes on: no step is sized for the one and spent on the other. */
 static void huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not(void)
 {
@@ -583,7 +553,7 @@ static void a_piece_is_no_smaller_than_the_huge_page_that_it_fills(void)
 }
 
 CHECK_MAIN(CASE(threads_leave_out_no_piece), CASE(what_threads_have_populated_of_a_step_that_is_called_off_is_not_locked),
-	   CASE(in_a_full_cgroup_room_is_made_for_little_at_a_time), CASE(a_real_time_policy_is_noticed), CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
+	   CASE(in_a_full_cgroup_room_is_made_for_little_at_a_time), CASE(what_is_huge_is_found_from_the_end), CASE(huge_pages_are_unlocked_in_long_steps_and_small_ones_are_not),
 	   CASE(a_piece_is_no_smaller_than_the_huge_page_that_it_fills), CASE(a_terabyte_is_armed_in_few_steps), CASE(a_kernel_without_populate_will_do),
 	   CASE(a_step_that_is_called_off_leaves_nothing_armed),
 	   CASE(own_pages_cost_nothing), CASE(the_zero_page_is_not_ours), CASE(page_cache_is_memory_only_when_shared),
