@@ -104,7 +104,7 @@ class Daemon:
         """Read the policy; `say` gets a line for each change and each failure. Raises PolicyError."""
         self._path, self._notifier, self._say, self._every = path, notifier, say, every
         self._signature = self._seen = _signature(path)
-        self._policy = policy.load(path)
+        self._policy = policy.load(path, regular=True)
         self._later = _Later()
         self._impossible = ""
         self.stop = Event()
@@ -145,7 +145,7 @@ class Daemon:
             return False
         self._signature = signature
         try:
-            self._policy = policy.load(self._path)
+            self._policy = policy.load(self._path, regular=True)
         except PolicyError as error:
             self._say(f"{error.message}; the former policy stays in force ({error.hint})")
             return False

@@ -241,7 +241,7 @@ def _known(client: Client, deadline: Deadline, tell: Tell | None) -> Guarantee:
         if deadline.remaining <= 2 * _START_POLL:
             raise Refused(
                 "the VM is still starting, its guest RAM is not known yet; nothing was changed",
-                "try again, or allow more time with --timeout",
+                "try again in a moment",
             )
         time.sleep(_START_POLL)
         now = query(client, deadline)

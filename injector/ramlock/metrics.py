@@ -158,10 +158,12 @@ def write(path: Path, content: bytes) -> None:
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         kind = NoPermission if isinstance(error, PermissionError) else RamlockError
         raise kind(
             f"cannot write {shown}: {error.strerror}", "name a file in a folder that is there, with room and writable"

@@ -7,7 +7,9 @@ one in the file whose pattern fits its name.
 
 import difflib
 import fnmatch
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable
 from itertools import groupby
@@ -64,11 +66,16 @@ class Policy(NamedTuple):
         return next((r for r in self.rules if not r.exact and fnmatch.fnmatchcase(name, r.pattern)), None)
 
 
-def load(path: Path) -> Policy:
-    """Read a file. Raises PolicyError, which names the line."""
+def load(path: Path, *, regular: bool = False) -> Policy:
+    """Read a file. Raises PolicyError, which names the line.
+
+    With `regular` nothing else will do: of a pipe one may wait for ever.
+    """
     shown = printable(str(path))
     try:
-        with path.open("rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular else 0)), "rb") as file:
+            if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PolicyError(f"{shown} is no regular file", "give the path of a TOML file")
             data = file.read(_FILE_MOST + 1)
         if len(data) > _FILE_MOST:
             raise PolicyError(f"{shown} is larger than any policy", "is it the right file?")

@@ -32,11 +32,17 @@ STEPS = (
 
 _KILL_AT = os.environ.get("RAMLOCK_TEST_KILL_AT")
 _STOP_AT = os.environ.get("RAMLOCK_TEST_STOP_AT")
+_CTRL_Z_AT = os.environ.get("RAMLOCK_TEST_CTRL_Z_AT")
 
 
 def step(name: str) -> None:
-    """Pass the place `name`: where RAMLOCK_TEST_KILL_AT says so, die as by kill -9; where ..._STOP_AT does, stop."""
+    """Pass the place `name`: where RAMLOCK_TEST_KILL_AT says so, die as by kill -9; where ..._STOP_AT does, stop.
+
+    At ..._CTRL_Z_AT a terminal asks for a stop.
+    """
     if name == _KILL_AT:
         os.kill(os.getpid(), signal.SIGKILL)
     if name == _STOP_AT:
         os.kill(os.getpid(), signal.SIGSTOP)
+    if name == _CTRL_Z_AT:
+        os.kill(os.getpid(), signal.SIGTSTP)

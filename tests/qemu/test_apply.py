@@ -14,7 +14,7 @@ import pytest
 
 from tests.qemu import truth
 from tests.qemu.conftest import assert_holds, assert_refused, ramlock
-from tests.qemu.guest import MIB, ROOT, Guest
+from tests.qemu.guest import MIB, RAMLOCK, ROOT, Guest
 
 pytestmark = pytest.mark.usefixtures("lockable", "root")
 
@@ -76,6 +76,24 @@ def test_from_nothing_and_again(file: File, guests: tuple[Guest, Guest]) -> None
     assert all(line.startswith("  ") and line.endswith("as it is") for line in file.done("--wait"))
     assert [guest.query()["generation"] for guest in guests] == before
     for guest in guests:
+        guest.check_unharmed()
+
+
+def test_ctrl_z_does_not_stop_it_with_a_vm_in_its_hands(file: File) -> None:
+    """It injects in a thread of its own, which would stop as well, and QEMU's main thread would wait."""
+    with Guest(how="plain", memory=MEMORY, args=["-name", f"{TAG}-held"]) as guest:
+        file.write('[vm.TAG-held]\nguarantee = "16M"\n')
+        with subprocess.Popen(
+            [RAMLOCK, "apply", file.path],
+            env={**os.environ, "RAMLOCK_TEST_CTRL_Z_AT": "ptrace-setregs-done"},
+            stdin=subprocess.DEVNULL,
+            preexec_fn=os.setpgrp,  # of a group that nobody looks after Ctrl-Z stops nothing
+        ) as process:
+            try:
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
+        assert_holds(guest, 16 * MIB)
         guest.check_unharmed()
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from ramlock import __version__, eject, guestram, install, kept, loaded, locate, memory, procfs, tell
-from ramlock.errors import CannotInject, CommandError, ControlError, GuestRamMismatch, NotFound, Refused
+from ramlock import __version__, eject, guarantee, guestram, install, kept, loaded, locate, memory, procfs, tell
+from ramlock.commands.inject import command
+from ramlock.deadline import Deadline
+from ramlock.errors import CannotInject, CommandError, ControlError, GuestRamMismatch, NotFound, Refused, Short
 from ramlock.teststeps import STEPS
 from tests.conftest import Need
 from tests.qemu import truth
@@ -63,7 +65,7 @@ def check_injected(guest: Guest, *, running: bool = True) -> dict[str, Any]:
     assert reply["traced-us"] > 0
     assert SIZE <= truth.locked(guest.pid).resident <= SIZE + 4 * MIB
     assert Path(reply["socket"]).is_socket()
-    assert requested(guest) == SIZE
+    assert reply["guarantee"]["requested"] == requested(guest) == SIZE
     assert inject(guest)["already"]
     if running:
         guest.check_unharmed()
@@ -214,6 +216,29 @@ def test_by_name_and_for_people() -> None:
         assert "6 MiB locked" in result.stdout
         result = ramlock("inject", "--vm", "inject-me")
         assert f"ramlock {__version__} is in it already" in result.stdout
+
+
+def test_what_is_short_is_told_with_what_was_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shim is in, and where its socket is does not get lost."""
+
+    def never(session: Any, wish: Any, *_: object, **__: object) -> None:
+        error = Short("little of it can be locked now", "free memory")
+        error.guarantee = guarantee.query(session.vm.client, Deadline(10))
+        raise error
+
+    with Guest(how="plain") as guest:
+        monkeypatch.setattr("ramlock.commands.set.place_and_follow", never)
+        with pytest.raises(Short):
+            command.main(["--pid", str(guest.pid), "--guarantee", "6M", "--json"], standalone_mode=False)
+        reply = json.loads(capsys.readouterr().out)
+        assert Path(reply["socket"]).is_socket()
+        assert reply["guarantee"]["requested"] == 0
+        with pytest.raises(Short):
+            command.main(["--pid", str(guest.pid), "--guarantee", "6M"], standalone_mode=False)
+        assert "is in it already" in capsys.readouterr().out
+        guest.check_unharmed()
 
 
 def test_a_socket_elsewhere(tmp_path: Path) -> None:

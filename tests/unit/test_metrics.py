@@ -142,7 +142,7 @@ def test_a_survey_that_hangs_loses_no_more_than_one_thread(
         stuck.set()
 
 
-def test_a_text_file_has_all_of_the_old_or_all_of_the_new(tmp_path: Path) -> None:
+def test_a_text_file_has_all_of_the_old_or_all_of_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "ramlock.prom"
     metrics.write(place, b"old\n")
     assert place.stat().st_mode & 0o777 == 0o644
@@ -156,6 +156,15 @@ def test_a_text_file_has_all_of_the_old_or_all_of_the_new(tmp_path: Path) -> Non
     with pytest.raises(RamlockError):
         metrics.write(tmp_path, b"")  # a folder
     assert list(tmp_path.iterdir()) == [place]
+
+    def interrupt(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.write(place, b"half\n")
+    assert list(tmp_path.iterdir()) == [place]
+    assert place.read_bytes() == b"new\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A policy: what its file may say, which table counts for a VM, and what it comes to."""
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,20 @@ guarantee = "all"
 [vm."*"]
 guarantee = 0
 """
+
+
+def test_a_pipe(tmp_path: Path) -> None:
+    """Whoever asks once may wait for one, as of <(...); the daemon would for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(PolicyError, match="no regular file"):
+        policy.load(pipe, regular=True)
+    writer = threading.Thread(target=pipe.write_text, args=(GOOD,))
+    writer.start()
+    try:
+        assert policy.load(pipe) == policy.parse(GOOD, str(pipe))
+    finally:
+        writer.join(10)
 
 
 def test_a_good_one() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ramlock import policy, reconcile, survey
-from ramlock.commands.common import emit, seconds_option
+from ramlock.commands.common import emit, seconds_option, unstopped
 from ramlock.deadline import Deadline
 from ramlock.errors import Interrupted, NoPermission, RamlockError, UsageError, VmGone
 from ramlock.policy import Plan, Step
@@ -23,7 +23,7 @@ WAIT_TIME = 300.0
 @click.option("--dry-run", is_flag=True, help="Print the plan, and change nothing.")
 @click.option("--prune", is_flag=True, help="Also take the guarantee from VMs that the policy does not name.")
 @click.option("--wait", is_flag=True, help="Wait until every guarantee is reached, not only set.")
-@seconds_option("--timeout", "How long --wait waits, also for memory that is short.", WAIT_TIME)
+@seconds_option("--timeout", "With --wait: how long, also for memory that is short.", WAIT_TIME)
 def command(file: Path, dry_run: bool, prune: bool, wait: bool, timeout: float) -> None:
     """Give every VM of this host what a policy says.
 
@@ -61,16 +61,18 @@ def command(file: Path, dry_run: bool, prune: bool, wait: bool, timeout: float) 
         raise _refusal(plan)
     failed: list[RamlockError] = [_silent(vm.label, vm.trouble or "") for vm in plan.waiting]
     if not dry_run:
-        failed += _apply(plan, rules, now, wait, timeout)
+        with unstopped():
+            placed = _apply(plan, rules, now, failed)
+        if wait:
+            _wait(placed, now, timeout, failed)
     if failed:
         for error in failed[:-1]:
             click.echo(f"ramlock: {printable(error.message, 2000)}", err=True)
         raise failed[-1]
 
 
-def _apply(plan: Plan, rules: policy.Policy, now: Host, wait: bool, timeout: float) -> list[RamlockError]:
-    """Do it, one VM after another; what fails in one does not keep the others from theirs."""
-    failed: list[RamlockError] = []
+def _apply(plan: Plan, rules: policy.Policy, now: Host, failed: list[RamlockError]) -> list[Step]:
+    """Do it, one VM after another; what fails in one does not keep the others from theirs. Returns what was set."""
     placed: list[Step] = []
     for step in plan.steps:
         error = _try(step, lambda step=step: _carry_out(step, rules, now))  # type: ignore[misc]
@@ -79,13 +81,16 @@ def _apply(plan: Plan, rules: policy.Policy, now: Host, wait: bool, timeout: flo
             continue
         if step.want:
             placed.append(step)
-    if wait:
-        deadline = Deadline(timeout)
-        for step in placed:
-            process = now.seen[step.vm.pid].process
-            error = _try(step, lambda step=step, process=process: _follow(step, process, deadline))  # type: ignore[misc]
-            failed += [error] if error else []
-    return failed
+    return placed
+
+
+def _wait(placed: list[Step], now: Host, timeout: float, failed: list[RamlockError]) -> None:
+    """Wait until all that was set is reached."""
+    deadline = Deadline(timeout)
+    for step in placed:
+        process = now.seen[step.vm.pid].process
+        error = _try(step, lambda step=step, process=process: _follow(step, process, deadline))  # type: ignore[misc]
+        failed += [error] if error else []
 
 
 def _carry_out(step: Step, rules: policy.Policy, now: Host) -> None:

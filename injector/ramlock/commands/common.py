@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 HOLD_BUDGET_MIN, HOLD_BUDGET_MAX = 50, 100_000
 """Microseconds that a shim takes as the hold budget."""
 THREADS_MAX = 16
+_STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 NAME_MOST = 200
 """Characters of a VM's name in --json, as `ramlock list` has it."""
 
@@ -194,6 +197,20 @@ def emit(text: str) -> None:
 def emit_json(facts: dict[str, Any]) -> None:
     """Print an object as one line of ASCII."""
     emit(json.dumps(facts))
+
+
+@contextmanager
+def unstopped() -> Iterator[None]:
+    """Ctrl-Z, and a terminal's other ways, do not stop this process meanwhile: one of its threads may hold a QEMU's.
+
+    The main thread's alone, as signal.signal() is.
+    """
+    former = [(number, signal.signal(number, signal.SIG_IGN)) for number in _STOPS]
+    try:
+        yield
+    finally:
+        for number, handler in former:
+            signal.signal(number, handler)
 
 
 def emit_state(vm: Vm, raw: dict[str, Any]) -> None:

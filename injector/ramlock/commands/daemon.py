@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ramlock.commands.common import seconds_option
+from ramlock.commands.common import seconds_option, unstopped
 from ramlock.daemon import EVERY, Daemon
 from ramlock.notify import Notifier
 from ramlock.text import printable
@@ -36,7 +36,8 @@ def command(file: Path, interval: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.stop.set())
     signal.signal(signal.SIGHUP, lambda *_: daemon.reload.set())
-    daemon.run()
+    with unstopped():
+        daemon.run()
 
 
 def _say(text: str) -> None:

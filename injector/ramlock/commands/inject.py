@@ -20,7 +20,7 @@ from ramlock.commands.common import (
     which_vm,
 )
 from ramlock.deadline import Deadline
-from ramlock.errors import NoMonitor, Refused
+from ramlock.errors import NoMonitor, Refused, Short, TimedOut
 from ramlock.sizes import Size, format_size
 
 
@@ -41,7 +41,7 @@ def _list_steps(ctx: click.Context, param: click.Parameter, value: bool) -> None
 @follow_discards_option
 @monitor_option
 @click.option("--wait/--no-wait", default=True, help="Wait until the guarantee is locked (default), or return at once.")
-@seconds_option("--timeout", "How long to wait for QEMU's main thread to be idle.", 2.0)
+@seconds_option("--timeout", "How long to wait for QEMU's main thread to be idle, each time; not for --guarantee.", 2.0)
 @click.option(
     "--allow-seccomp",
     is_flag=True,
@@ -109,6 +109,7 @@ def command(
     )
     with machine.injected(options) as (session, outcome):
         now: Any = None
+        failed: Short | TimedOut | None = None
         offered = _offer_monitor(session.vm) if monitor else None
         if size is not None:
             from ramlock.commands.set import place_and_follow
@@ -119,10 +120,19 @@ def command(
                     "try again when the VM has started",
                 )
             wish = guarantee.Wish(size, order, prefault, hold_budget, threads, host_reserve)
-            now = place_and_follow(session, wish, Deadline(None), wait=wait, patient=False, force=force, vouched=True)
+            try:
+                now = place_and_follow(
+                    session, wish, Deadline(None), wait=wait, patient=False, force=force, vouched=True
+                )
+            except (Short, TimedOut) as error:  # the shim is in all the same, and so is the guarantee
+                now, failed = error.guarantee, error
         if as_json:
-            extra = {} if offered is None else {"monitor": offered is True}
+            extra: dict[str, Any] = {} if offered is None else {"monitor": offered is True}
+            if now is not None:
+                extra["guarantee"] = now.raw
             emit_json(_json(outcome) | extra)
+            if failed is not None:
+                raise failed
             _require(offered)
             return
         emit(f"{session.label}: {_words(outcome)}")
@@ -133,6 +143,8 @@ def command(
             emit(f"locked by a former shim and not taken over: {outcome.unadopted}")
         if now is not None:
             emit(f"guarantee: {format_size(now.requested)}, {format_size(now.locked)} locked")
+        if failed is not None:
+            raise failed
         _require(offered)
         if offered is not None:
             when = "offers the commands" if offered else "will offer the commands when the VM has been set up"

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ def command(listen: str | None, textfile: Path | None, timeout: float) -> None:
     if listen is not None:
         _serve(metrics.Server(listen, timeout))
     elif textfile is not None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing half written is left behind
         metrics.write(textfile, metrics.exposition(timeout))
     else:
         emit(metrics.exposition(timeout).decode().rstrip("\n"))
