@@ -151,6 +151,11 @@ unsigned int locker_take_events(struct locker *l, struct locker_status *s)
 	pthread_mutex_lock(&l->mutex);
 	events = l->events;
 	l->events = 0;
+	/* What became of a value, or of RAM, that has been replaced since would be told as the new one's. That is announced in its turn. */
+	if (l->announced != l->generation)
+		events &= ~(unsigned int)(LOCKER_REACHED | LOCKER_WENT_SHORT);
+	if (l->announced_layout != l->layout_generation)
+		events &= ~(unsigned int)LOCKER_REACHED;
 	for (int i = 0; i < LOSS_COUNT; i++) {
 		s->news_lost.bytes[i] = l->upkeep.lost.bytes[i] - l->upkeep.told_lost.bytes[i];
 		s->news_repaired.bytes[i] = l->upkeep.repaired.bytes[i] - l->upkeep.told_repaired.bytes[i];

@@ -255,6 +255,33 @@ static void nothing_wakes_for_no_guarantee(void)
 	end();
 }
 
+/* What is told of the value before is not told as if it were of this one. */
+static void what_is_told_is_true_of_the_last_wish(void)
+{
+	bool told = false;
+
+	begin();
+	for (uint64_t i = 1; i <= 20; i++) {
+		unsigned int events;
+		time_t deadline = time(NULL) + DEADLINE_S;
+
+		set(i * 4 * MIB, ORDER_RESIDENT, true);
+		events = locker_take_events(&locker, &status);
+		CHECK(!(events & LOCKER_REACHED) || status.locked == i * 4 * MIB);
+		for (locker_query(&locker, &status); status.state != LOCKER_IDLE && time(NULL) < deadline; usleep(1000))
+			locker_query(&locker, &status);
+		if (i % 2) { /* the others are left for the next turn */
+			events = locker_take_events(&locker, &status);
+			CHECK(events & LOCKER_REACHED);
+			CHECK_EQ(status.requested, i * 4 * MIB);
+			CHECK_EQ(status.locked, i * 4 * MIB);
+			told = true;
+		}
+	}
+	CHECK(told);
+	end();
+}
+
 /* Nor is it one turn on a processor: a vCPU may wait for that. */
 static void a_long_look_has_rests(void)
 {
@@ -507,7 +534,7 @@ static void too_much_is_refused_and_the_former_wish_stays(void)
 CHECK_MAIN(CASE(up_and_down_exactly), CASE(resident_pages_cost_nothing), CASE(on_fault_locks_what_is_touched),
 	   CASE(the_last_of_many_wishes_counts), CASE(a_scattered_guest_stays_in_few_extents),
 	   CASE(several_threads_populate), CASE(nothing_wakes_for_no_guarantee),
-	   CASE(a_long_look_has_rests), CASE(a_short_guarantee_is_tried_again_slowly),
+	   CASE(what_is_told_is_true_of_the_last_wish), CASE(a_long_look_has_rests), CASE(a_short_guarantee_is_tried_again_slowly),
 	   CASE(locks_of_others_are_left_alone), CASE(locks_of_others_are_told_to_the_page),
 	   CASE(a_failed_lock_is_taken_back_beside_others), CASE(an_unplugged_block_moves_the_guarantee),
 	   CASE(an_unplugged_block_that_stays_is_unlocked), CASE(a_block_that_shrinks_keeps_what_is_left),
