@@ -170,10 +170,14 @@ def run(folder: Path, kind: str, size: int, rounds: int, accel: str, more: bool)
             save(folder, kind, size, accel, wakeups, work)
 
 
-def machine() -> str:
-    """What this is measured on."""
+def conditions(accel: str) -> dict[str, str]:
+    """What is measured, and on what: results of others are not comparable."""
     memory = os.sysconf("SC_PHYS_PAGES") * 4096 / GIB
-    return f"{os.cpu_count()} processors, {memory:.0f} GiB, Linux {platform.release()}"
+    return {
+        "accel": accel,
+        "machine": f"{os.cpu_count()} processors, {memory:.0f} GiB, Linux {platform.release()}",
+        "shim": hashlib.sha256(SHIM.read_bytes()).hexdigest(),
+    }
 
 
 def former_of(path: Path, accel: str) -> dict[str, Any] | None:
@@ -181,8 +185,7 @@ def former_of(path: Path, accel: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     former: dict[str, Any] = json.loads(path.read_text())
-    now = (accel, machine(), hashlib.sha256(SHIM.read_bytes()).hexdigest())
-    if (former["accel"], former["machine"], former.get("shim")) != now:
+    if any(former.get(name) != value for name, value in conditions(accel).items()):
         sys.exit(f"{path} is of another shim or machine.\nMeasure without --more.")
     return former
 
@@ -194,9 +197,7 @@ def save(folder: Path, kind: str, size: int, accel: str, wakeups: list[int], wor
         "size": size,
         "rounds": len(work.measured["idle"]),
         "date": time.strftime("%Y-%m-%d"),
-        "accel": accel,
-        "machine": machine(),
-        "shim": hashlib.sha256(SHIM.read_bytes()).hexdigest(),
+        **conditions(accel),
         "wakeups": wakeups,
         "measured": {name: [dataclasses.asdict(m) for m in many] for name, many in work.measured.items()},
         "events": work.events,

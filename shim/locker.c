@@ -76,6 +76,11 @@ static bool plan_is_current(const struct locker *l)
 	return l->plan_valid && l->plan_generation == l->generation && l->plan_layout == l->layout_generation;
 }
 
+bool locker_has_other_work(const struct locker *l, uint64_t generation, uint64_t layout_generation)
+{
+	return l->stop || l->generation != generation || l->layout_generation != layout_generation;
+}
+
 bool locker_next_gone(const struct locker *l, struct range *r)
 {
 	if (!extents_part(&l->books.gone, (struct range){ 0, UINT64_MAX }, r))
@@ -172,7 +177,7 @@ static bool is_stale(struct residency *r)
 	bool stale;
 
 	pthread_mutex_lock(&r->locker->mutex);
-	stale = r->locker->stop || r->generation != r->locker->generation || r->layout_generation != r->locker->layout_generation;
+	stale = locker_has_other_work(r->locker, r->generation, r->layout_generation);
 	pthread_mutex_unlock(&r->locker->mutex);
 	return stale;
 }
@@ -276,7 +281,7 @@ static enum shortage make_plan(struct locker *l)
 		l->plan.n = (size_t)runs;
 
 	pthread_mutex_lock(&l->mutex);
-	if (l->stop || r.generation != l->generation || r.layout_generation != l->layout_generation)
+	if (locker_has_other_work(l, r.generation, r.layout_generation))
 		return SHORTAGE_NONE;
 	l->plan_valid = true;
 	l->plan_generation = r.generation;

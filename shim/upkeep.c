@@ -255,12 +255,6 @@ static bool next_piece(const struct locker *l, uint64_t at, struct range *r, con
 	return false;
 }
 
-/* Whether the walk over what was @generation and @layout_generation should end early. */
-static bool is_cut_short(const struct locker *l, uint64_t generation, uint64_t layout_generation)
-{
-	return l->stop || l->generation != generation || l->layout_generation != layout_generation;
-}
-
 /* Walks over [from, to). Returns false when it was cut short: by a new wish, other RAM, or the end. */
 static bool walk_over(struct locker *l, struct walk *w, uint64_t from, uint64_t to)
 {
@@ -290,7 +284,7 @@ static bool walk_over(struct locker *l, struct walk *w, uint64_t from, uint64_t 
 		pthread_mutex_unlock(&l->mutex);
 		step_looked(&l->stepper, took);
 		pthread_mutex_lock(&l->mutex);
-		if (is_cut_short(l, generation, layout_generation))
+		if (locker_has_other_work(l, generation, layout_generation))
 			return false;
 		from = r.end;
 	}
