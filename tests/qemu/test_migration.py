@@ -134,9 +134,11 @@ def test_a_qemu_that_executes_itself_again(tmp_path: Path) -> None:
     with Guest(memory=MEMORY, ramlock=["--guarantee", str(GUARANTEE)], env={"LD_PRELOAD": str(library)}) as guest:
         guest.settle()
         assert_holds(guest, GUARANTEE)
+        monitor_path = guest.directory / "qmp"
+        monitor_path.unlink()  # or one could still connect to the old one, and be reset
         os.kill(guest.pid, signal.SIGUSR2)
         wait_for(lambda: truth.vm_lck(guest.pid) == 0)
-        with Monitor(guest.directory / "qmp", 60) as monitor:  # QEMU's own, of the successor
+        with Monitor(monitor_path, 60) as monitor:  # QEMU's own, of the successor
             assert monitor.execute("query-status")["running"] is True
             assert not [name for name in truth.threads(guest.pid) if name.startswith("ramlock")]
             result = ramlock("status", "--pid", guest.pid)
