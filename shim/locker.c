@@ -473,7 +473,7 @@ static void carry_out(struct locker *l, struct step *s)
 	for (size_t i = 0; i < o.n_holds; i++)
 		longest = o.holds[i] > longest ? o.holds[i] : longest;
 	pthread_mutex_unlock(&l->mutex);
-	rest_after(&l->stepper.rest, longest);
+	rest_after(&l->stepper.rest, l->stepper.views, longest);
 	pthread_mutex_lock(&l->mutex);
 }
 
@@ -609,7 +609,7 @@ void *locker_run(void *arg)
 			wait_idle(l);
 		if (!l->stop && (generation != l->generation || layout_generation != l->layout_generation)) {
 			pthread_mutex_unlock(&l->mutex);
-			rest_before_work();
+			rest_before_work(&l->stepper.rest);
 			pthread_mutex_lock(&l->mutex);
 		}
 	}

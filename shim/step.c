@@ -143,6 +143,7 @@ struct piecework {
 	const struct step *s;
 	atomic_size_t next; /* the piece to be taken next */
 	atomic_size_t n_done;
+	atomic_size_t n_threads; /* that have begun */
 	atomic_int err; /* the first failure, as errno */
 	size_t n; /* pieces */
 	size_t threads, lane; /* see piece_of() */
@@ -191,10 +192,11 @@ static void do_pieces(void *arg)
 {
 	struct piecework *w = arg;
 	const struct step *s = w->s;
-	/* Beside another thread, one that comes back behind a waiting writer queues (rwsem_down_read_slowpath()). */
-	const uint64_t part = w->threads > 1 ? 4 : 1;
+	struct rest_view *view = &w->st->views[atomic_fetch_add(&w->n_threads, 1)];
 	size_t turn;
 
+	if (w->threads > 1)
+		rest_look(&w->st->rest, view); /* they have waited for each other */
 	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < w->turns) {
 		size_t i = piece_of(w, turn);
 		int err;
@@ -211,7 +213,7 @@ static void do_pieces(void *arg)
 		if (err)
 			atomic_store(&w->err, err);
 		else if (atomic_fetch_add(&w->n_done, 1) + 1 < w->n)
-			rest_after(&w->st->rest, w->holds[i].wall / part);
+			rest_after(&w->st->rest, view, w->holds[i].wall);
 	}
 }
 
@@ -289,7 +291,7 @@ static void take_back(struct stepper *st, const struct step *s, uint64_t at, str
 			o->holds[o->n_holds++] = hold.wall;
 		at = end;
 		if (at < s->r.end)
-			rest_after(&st->rest, hold.wall);
+			rest_after(&st->rest, st->views, hold.wall);
 	}
 }
 

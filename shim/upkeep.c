@@ -90,7 +90,7 @@ struct walk {
 static void let_others_in(struct locker *l, uint64_t took)
 {
 	if (took > LONG_CALL_NS)
-		rest_after(&l->stepper.rest, took);
+		rest_after(&l->stepper.rest, l->stepper.views, took);
 }
 
 /* Takes our lock from @r. */

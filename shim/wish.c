@@ -297,7 +297,7 @@ void locker_give(struct locker *l, struct books *books, struct wish *wish)
 		upkeep_end_piece(l);
 		extents_remove(&l->books.gone, s.r);
 		pthread_mutex_unlock(&l->mutex);
-		rest_after(&l->stepper.rest, took);
+		rest_after(&l->stepper.rest, l->stepper.views, took);
 		pthread_mutex_lock(&l->mutex);
 	}
 	*books = l->books;

@@ -1,11 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Whether the lock thread knows that others run only while it sleeps. */
+/* Whether the lock thread knows that others run only while it sleeps, and who may wait for it. */
+#include "clock.h"
 #include "fd.h"
 #include "rest.h"
 #include "smallfile.h"
 #include "tree.h"
 
+#include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
+
+enum { HOLD_NS = 500 * 1000 };
 
 /* The scheduling policy is field 41; the second is the thread's name, as it likes. */
 static void a_real_time_policy_is_noticed(void)
@@ -40,4 +45,69 @@ static void a_real_time_policy_is_noticed(void)
 	tree_end();
 }
 
-CHECK_MAIN(CASE(a_real_time_policy_is_noticed))
+static atomic_uint asked, slept;
+static atomic_bool over;
+
+/* Goes to sleep as often as it is asked to, and never else. */
+static void *sleeper(void *arg)
+{
+	while (!over) {
+		if (slept == asked)
+			continue;
+		nanosleep(&(struct timespec){ 0, 1000 * 1000 }, NULL);
+		slept++;
+	}
+	return arg;
+}
+
+static void have_it_sleep(void)
+{
+	asked++;
+	while (slept != asked)
+		;
+}
+
+static void only_who_goes_to_sleep_may_wait(void)
+{
+	struct rest rest;
+	struct rest_view view = { 0 };
+	pthread_t thread;
+	uint64_t began;
+	long n;
+
+	rest_init(&rest);
+	over = false;
+	CHECK(!pthread_create(&thread, NULL, sleeper, NULL));
+	have_it_sleep();
+	rest_look(&rest, &view);
+	for (int i = 0; i < 100; i++) {
+		rest.sleeps_left = i % 3 == 0; /* our own gaps are no sleep of others */
+		rest_after(&rest, &view, HOLD_NS);
+		CHECK(!view.slept);
+	}
+	CHECK(rest.n_sleeps >= 34);
+
+	n = rest.n_sleeps;
+	for (int i = 0; i < 2; i++) { /* one in each of two holds: the second time there is time for more */
+		rest.sleeps_left = 0;
+		have_it_sleep();
+		began = now_ns();
+		rest_after(&rest, &view, HOLD_NS);
+		CHECK(view.slept);
+		CHECK_EQ(rest.n_sleeps, n + i);
+		CHECK(now_ns() - began >= (i ? HOLD_NS / 10 : HOLD_NS / 25));
+	}
+	rest.sleeps_left = 0;
+	rest_after(&rest, &view, HOLD_NS);
+	CHECK(!view.slept);
+	CHECK_EQ(rest.n_sleeps, n + 1);
+
+	rest.blind_until_ns = UINT64_MAX; /* then everybody may wait */
+	rest_after(&rest, &view, HOLD_NS);
+	CHECK_EQ(rest.n_sleeps, n + 2);
+	over = true;
+	pthread_join(thread, NULL);
+	rest_deinit(&rest);
+}
+
+CHECK_MAIN(CASE(a_real_time_policy_is_noticed), CASE(only_who_goes_to_sleep_may_wait))
