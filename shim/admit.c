@@ -165,7 +165,7 @@ static bool make_room(struct stepper *st, const struct step *s, struct outcome *
 	uint64_t cost;
 
 	step_freshen(st);
-	rest_asleep(&st->rest, st->pace.budget_ns); /* before it: others would take the room */
+	rest_asleep(st->pace.budget_ns); /* before it: others would take the room */
 	/* It waits for all processors: where some are kept from the kernel's own work, for as long as that takes. */
 	if (st->isolates || st->rest.real_time || makeroom(&st->makeroom) != -EBUSY)
 		return true;

@@ -123,6 +123,7 @@ static void give_up(struct locker *l, struct range r, const struct ram_block *b)
 	const uint64_t unit = unit_of(b);
 	const bool mergeable = b->mergeable;
 	struct range part, foreign;
+	uint64_t took;
 
 	for (; extents_part(&l->books.held, r, &part); r.start = part.end) {
 		if (extents_part(&l->books.foreign, part, &foreign)) {
@@ -137,7 +138,10 @@ static void give_up(struct locker *l, struct range r, const struct ram_block *b)
 		if (books_full(&l->books))
 			return; /* the next look tells */
 		upkeep_begin_piece(l, part);
+		took = now_ns();
 		sys_munlock(part);
+		took = now_ns() - took;
+		rest_after(&l->stepper.rest, l->stepper.views, took);
 		merging_let_in(&l->stepper.merging, part, mergeable);
 		upkeep_end_piece(l);
 		if (layout_find(&l->layout, part)) /* or it was unplugged meanwhile */

@@ -609,7 +609,7 @@ void *locker_run(void *arg)
 			wait_idle(l);
 		if (!l->stop && (generation != l->generation || layout_generation != l->layout_generation)) {
 			pthread_mutex_unlock(&l->mutex);
-			rest_before_work(&l->stepper.rest);
+			rest_before_work();
 			pthread_mutex_lock(&l->mutex);
 		}
 	}

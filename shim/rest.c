@@ -2,14 +2,17 @@
 /*
  * Rests between holds of mmap_lock, and before work.
  *
- * Who waits for mmap_lock longer than some microseconds goes to sleep, and the kernel counts that: so where no thread of QEMU went to
- * sleep during a hold, nobody waits, and the next hold may begin at once. Most of those who sleep wait for something else (a timer, a
- * request), and so one of them is worth a short gap only. But one who goes to sleep in each hold has many calls to make that need
- * mmap_lock (QEMU's main loop and vCPUs do, with the big lock taken), and in a short gap gets one of them done: 36 ms for what is
- * done in 1 ms by itself. Then there has to be time for more of them.
+ * Who waits for mmap_lock longer than some microseconds goes to sleep (unless its holder has it for writing, and runs: then it spins, and
+ * gets in at once), and the kernel counts that. So where no thread of QEMU has gone to sleep during a hold, nobody has begun to wait,
+ * and the next hold may begin at once. Who waits since before, woken in the gap without a processor, tries when it has one, and then counts
+ * again; the second time it has mmap_lock handed over, so it waits for up to 8 ms (two ticks) as it did behind gaps of any length.
+ *
+ * Most of those who sleep wait for something else (a timer, a request), and so one of them is worth a short gap only. But where somebody
+ * does so every few holds, it may be one that has many calls to make that need mmap_lock (QEMU's main loop and vCPUs do, with the big
+ * lock taken), and gets one of them done in each short gap: 36 ms for what is done in 1 ms by itself. Then there has to be time for more.
  *
  * A gap must be long enough for a writer that sleeps to be woken, to run and to try: 10 to 15 us where a processor is idle. A reader
- * that is back sooner overtakes it (rwsem_down_read_slowpath() steals the lock), for up to 8 ms, until the writer has the lock handed over.
+ * that is back sooner overtakes it (rwsem_down_read_slowpath() steals the lock).
  */
 #include "rest.h"
 
@@ -28,47 +31,57 @@
 #define SCHED_DEADLINE 6
 #endif
 
-enum { LONG_GAP_NS = 50 * 1000, YIELD_LONG_NS = 100 * 1000, SLEEPS_MIN = 2, SLEEPS_MAX = 64, BEFORE_WORK_NS = 200 * 1000 };
-/* The time for more than one call, as a part of the hold, and the most that is needed. */
-enum { CROWD_PART = 5, CROWD_NS = 50 * 1000 };
-/* With hundreds of threads the kernel takes long to count, and is asked now and then only. */
-enum { COUNT_DEAR_NS = 20 * 1000, DEAR_COUNTS = 3, COUNT_AGAIN_NS = 100 * 1000 * 1000 };
+enum { LONG_GAP_NS = 50 * 1000, YIELD_LONG_NS = 100 * 1000, BEFORE_WORK_NS = 200 * 1000 };
+enum { STREAK_MIN = 2, STREAK_MAX = 64 };
+/* As long as a writer needs. */
+enum { GAP_MIN_NS = 15 * 1000 };
+/* Seen twice within that time it is a crowd, which has that part of a hold, and that at most. */
+enum { CROWD_WITHIN_NS = 3 * 1000 * 1000, CROWD_PART = 10, CROWD_MAX_NS = 50 * 1000 };
+/* With hundreds of threads the kernel takes long to count: more than that part of a hold so often in a row, and it is not asked for a while. */
+enum { DEAR_PART = 50, DEAR_MIN_NS = 2 * 1000, DEAR_LOOKS = 3, BLIND_NS = 100 * 1000 * 1000 };
 
-static void sleep_ns(struct rest *r, uint64_t ns)
+/* Who has gone to sleep lately: since the last hold. */
+enum sleepers { NOBODY, SOMEBODY, CROWD, NOT_KNOWN };
+
+static void sleep_ns(uint64_t ns)
 {
 	struct timespec t = { 0, (long)ns };
 
-	atomic_fetch_add(&r->n_sleeps, 1);
 	nanosleep(&t, NULL);
 }
 
-/*
- * Whether a thread of this process went to sleep since @v was last asked for it. One that has waited for mmap_lock and is not on its
- * processor again counts already; our own gaps do not count.
- */
-static bool have_slept(struct rest *r, struct rest_view *v)
+static enum sleepers look(struct rest *r, struct rest_view *v, uint64_t hold_ns)
 {
-	uint64_t began = now_ns(), now;
-	struct rusage usage;
-	long before = v->n_switches;
+	uint64_t began = now_ns(), dear = hold_ns / DEAR_PART, now;
+	struct rusage all, own;
+	long others;
+	bool slept, lately;
 
 	if (began < atomic_load(&r->blind_until_ns))
-		return true;
-	if (getrusage(RUSAGE_SELF, &usage))
-		return true;
-	v->n_switches = usage.ru_nvcsw - atomic_load(&r->n_sleeps);
+		return NOT_KNOWN;
+	if (getrusage(RUSAGE_SELF, &all) || getrusage(RUSAGE_THREAD, &own)) { /* a filter of system calls forbids it */
+		atomic_store(&r->blind_until_ns, UINT64_MAX);
+		return NOT_KNOWN;
+	}
+	others = all.ru_nvcsw - atomic_fetch_add(&r->n_own, own.ru_nvcsw - v->n_own) - (own.ru_nvcsw - v->n_own);
+	v->n_own = own.ru_nvcsw;
+	slept = others > v->n_others;
+	v->n_others = others;
 	now = now_ns();
-	v->n_dear = now - began > COUNT_DEAR_NS ? v->n_dear + 1 : 0; /* a single one may have lost its processor */
-	if (v->n_dear >= DEAR_COUNTS)
-		atomic_store(&r->blind_until_ns, now + COUNT_AGAIN_NS);
-	return v->n_switches > before;
+	v->n_dear = now - began > (dear > DEAR_MIN_NS ? dear : DEAR_MIN_NS) ? v->n_dear + 1 : 0; /* one may have lost its processor */
+	if (v->n_dear >= DEAR_LOOKS)
+		atomic_store(&r->blind_until_ns, now + BLIND_NS);
+	if (!slept)
+		return NOBODY;
+	lately = now - v->seen_ns < CROWD_WITHIN_NS;
+	v->seen_ns = now;
+	return lately ? CROWD : SOMEBODY;
 }
 
 void rest_init(struct rest *r)
 {
 	memset(r, 0, sizeof(*r));
 	r->thread_stat = -1;
-	r->sleeps = SLEEPS_MIN;
 }
 
 void rest_deinit(struct rest *r)
@@ -116,52 +129,65 @@ static void relax(void)
 
 void rest_look(struct rest *r, struct rest_view *v)
 {
-	have_slept(r, v);
+	look(r, v, UINT64_MAX);
+}
+
+/*
+ * Offers this processor to whoever waits for it, rather than in the midst of a hold. Sleeping would do that too, and costs more: with nobody
+ * else there, the processor goes to sleep as well, and wakes when the gap is long over. But where somebody wants all of it, who
+ * yields gets little of it: then the next gaps are slept, more and more of them as long as it is so.
+ */
+static void yield(struct rest_view *v)
+{
+	uint64_t began = now_ns();
+
+	sched_yield();
+	if (now_ns() - began > YIELD_LONG_NS) {
+		v->streak = v->streak < STREAK_MAX / 2 ? v->streak * 2 : STREAK_MAX;
+		if (v->streak < STREAK_MIN)
+			v->streak = STREAK_MIN;
+		v->streak_left = v->streak;
+	} else {
+		v->streak /= 2;
+	}
 }
 
 void rest_after(struct rest *r, struct rest_view *v, uint64_t ns)
 {
-	uint64_t gap = pacer_gap(ns), crowd = ns / CROWD_PART < CROWD_NS ? ns / CROWD_PART : CROWD_NS, until;
-	bool before = v->slept, blind = now_ns() < atomic_load(&r->blind_until_ns), crowded;
-	unsigned int left = atomic_load(&r->sleeps_left);
+	enum sleepers sleepers = look(r, v, ns);
+	uint64_t gap = pacer_gap(ns), until;
+	bool asleep = r->real_time || r->policy_unknown || sleepers == NOT_KNOWN;
 
-	v->slept = have_slept(r, v);
-	crowded = v->slept && before && !blind;
-	if (r->real_time || r->policy_unknown || gap > LONG_GAP_NS || left || blind || crowded) {
-		sleep_ns(r, crowded && crowd > gap ? crowd : gap);
-		if (left) /* unless another thread was here meanwhile */
-			atomic_compare_exchange_strong(&r->sleeps_left, &left, left - 1);
+	if (sleepers == CROWD && gap < CROWD_MAX_NS) {
+		gap = ns / CROWD_PART < CROWD_MAX_NS ? ns / CROWD_PART : CROWD_MAX_NS;
+		asleep = true;
+	}
+	if (sleepers != NOBODY && gap < GAP_MIN_NS)
+		gap = GAP_MIN_NS;
+	if (v->streak_left) {
+		v->streak_left--;
+		asleep = true;
+	}
+	if (asleep || (sleepers != NOBODY && gap > LONG_GAP_NS)) {
+		sleep_ns(gap);
 		return;
 	}
-	/*
-	 * Whoever waits for this processor may have it now, rather than in the midst of a hold. Sleeping would do that too, and
-	 * costs more than the gap: with nobody else there, the processor goes to sleep as well, and wakes when the gap is
-	 * long over. But where somebody wants all of it, who yields gets little of it: then it is slept, and looked again more and more seldom.
-	 */
 	until = now_ns() + gap;
-	sched_yield();
-	if (now_ns() > until + YIELD_LONG_NS) {
-		unsigned int sleeps = atomic_load(&r->sleeps);
-
-		atomic_store(&r->sleeps_left, sleeps);
-		atomic_store(&r->sleeps, sleeps * 2 < SLEEPS_MAX ? sleeps * 2 : SLEEPS_MAX);
-	} else {
-		atomic_store(&r->sleeps, SLEEPS_MIN);
-	}
-	while (v->slept && now_ns() < until)
+	yield(v);
+	while (sleepers != NOBODY && now_ns() < until)
 		relax();
 }
 
-void rest_asleep(struct rest *r, uint64_t ns)
+void rest_asleep(uint64_t ns)
 {
-	sleep_ns(r, pacer_gap(ns));
+	sleep_ns(pacer_gap(ns));
 }
 
-void rest_before_work(struct rest *r)
+void rest_before_work(void)
 {
 	/*
 	 * Who is woken by somebody that is still at work on one processor is often put on the one of a vCPU, and shares it until its
 	 * next sleep, though the other processor is idle as soon as the waker has answered.
 	 */
-	sleep_ns(r, BEFORE_WORK_NS);
+	sleep_ns(BEFORE_WORK_NS);
 }

@@ -12,17 +12,16 @@ struct rest {
 	uint64_t policy_ns; /* CLOCK_MONOTONIC: when that is to be read again */
 	bool real_time; /* the lock thread goes before others until it sleeps */
 	bool policy_unknown; /* and so might do that */
-	atomic_long n_sleeps; /* of our own */
-	atomic_uint sleeps_left; /* so many are slept, since others want the processor */
-	atomic_uint sleeps; /* how many will be when that is found again */
-	atomic_ullong blind_until_ns; /* CLOCK_MONOTONIC: until then nobody knows who sleeps */
+	atomic_long n_own; /* how often our own threads have gone to sleep, as far as they have looked */
+	atomic_ullong blind_until_ns; /* CLOCK_MONOTONIC: until then nobody looks who sleeps */
 };
 
-/* What one of our threads knows of QEMU's others. All zeroes at first. */
+/* What one of our threads knows of QEMU's other ones, and of its processor. All zeroes at first. */
 struct rest_view {
-	long n_switches; /* how often they had gone to sleep when it last looked */
-	bool slept; /* one did so in the hold before that */
+	long n_others, n_own; /* how often those, and this one, had gone to sleep when it last looked */
+	uint64_t seen_ns; /* CLOCK_MONOTONIC: when it last saw that one of those had */
 	unsigned int n_dear; /* to find that out took long so often in a row */
+	unsigned int streak, streak_left; /* gaps that are slept because others want the processor: how many, and of those to come */
 };
 
 void rest_init(struct rest *r);
@@ -34,16 +33,16 @@ void rest_begin(struct rest *r);
 /* Looks, once a second at most, at the scheduling policy of the lock thread, which somebody may have changed. */
 void rest_note_policy(struct rest *r);
 
-/* Who has gone to sleep so far does not count. */
+/* Who has gone to sleep so far is not to count in the next gap. */
 void rest_look(struct rest *r, struct rest_view *v);
 
-/* Leaves mmap_lock alone after a hold of @ns, if anybody may wait for it. Any thread of the same policy may, with a view of its own. */
+/* Leaves mmap_lock alone after a hold of @ns, if anybody may wait for it. Any of our threads of the same policy may, with a view of its own. */
 void rest_after(struct rest *r, struct rest_view *v, uint64_t ns);
 
 /* Does so whether anybody waits or not, and gives up the processor too. */
-void rest_asleep(struct rest *r, uint64_t ns);
+void rest_asleep(uint64_t ns);
 
 /* Lets the kernel choose a processor for this thread, before long work: sleeps for a fifth of a millisecond. */
-void rest_before_work(struct rest *r);
+void rest_before_work(void);
 
 #endif

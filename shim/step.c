@@ -143,7 +143,6 @@ struct piecework {
 	const struct step *s;
 	atomic_size_t next; /* the piece to be taken next */
 	atomic_size_t n_done;
-	atomic_size_t n_threads; /* that have begun */
 	atomic_int err; /* the first failure, as errno */
 	size_t n; /* pieces */
 	size_t threads, lane; /* see piece_of() */
@@ -188,15 +187,15 @@ static void find_lanes(struct piecework *w)
 	w->turns = rounds * w->lane * w->threads;
 }
 
-static void do_pieces(void *arg)
+static void do_pieces(void *arg, unsigned int number)
 {
 	struct piecework *w = arg;
 	const struct step *s = w->s;
-	struct rest_view *view = &w->st->views[atomic_fetch_add(&w->n_threads, 1)];
+	struct rest_view *view = &w->st->views[number];
 	size_t turn;
 
-	if (w->threads > 1)
-		rest_look(&w->st->rest, view); /* they have waited for each other */
+	if (number)
+		rest_look(&w->st->rest, view); /* it has waited for the others */
 	while (!atomic_load(&w->err) && (turn = atomic_fetch_add(&w->next, 1)) < w->turns) {
 		size_t i = piece_of(w, turn);
 		int err;
@@ -314,7 +313,7 @@ static void do_lock(struct stepper *st, const struct step *whole, struct outcome
 	if (err) {
 		/* A failure can come after a part was locked: take that back. */
 		if (!foreign)
-			sys_munlock(s->r);
+			take_back(st, s, s->r.start, o);
 		explain_errno(st, err, s, "locking guest RAM", o);
 		return;
 	}
@@ -332,9 +331,10 @@ static void do_lock(struct stepper *st, const struct step *whole, struct outcome
 	if (end > s->r.start && !s->shared) {
 		int merging = -merging_lock(&st->merging, (struct range){ s->r.start, end });
 
-		if (merging && !foreign)
-			sys_munlock((struct range){ s->r.start, end });
 		if (merging) {
+			part.r.end = end;
+			if (!foreign)
+				take_back(st, s, s->r.start, o);
 			end = s->r.start;
 			err = merging;
 		}
@@ -365,12 +365,15 @@ static void do_unlock(struct stepper *st, const struct step *s, struct outcome *
 }
 
 /* Unlocks what is there of @s: munlock() stops at the first hole, so then each page is asked for. */
-static void do_let_go(const struct step *s)
+static void do_let_go(const struct step *s, struct outcome *o)
 {
-	if (!sys_munlock(s->r))
-		return;
-	for (uint64_t at = s->r.start; at < s->r.end; at += PAGE)
-		sys_munlock((struct range){ at, at + PAGE });
+	struct hold hold = hold_begin();
+
+	if (sys_munlock(s->r))
+		for (uint64_t at = s->r.start; at < s->r.end; at += PAGE)
+			sys_munlock((struct range){ at, at + PAGE });
+	hold_end(&hold);
+	o->holds[o->n_holds++] = hold.wall;
 }
 
 void stepper_init(struct stepper *st)
@@ -446,7 +449,7 @@ void step_carry_out(struct stepper *st, const struct step *s, struct outcome *o)
 		do_unlock(st, s, o);
 		break;
 	case STEP_LET_GO:
-		do_let_go(s);
+		do_let_go(s, o);
 		o->done = s->r;
 		break;
 	case STEP_FORGET:
@@ -465,7 +468,8 @@ void step_looked(struct stepper *st, uint64_t ns)
 	st->looked_ns += ns;
 	if (st->looked_ns < LOOKED_NS)
 		return;
-	rest_asleep(&st->rest, st->looked_ns);
+	rest_asleep(st->looked_ns);
+	st->look_rests++;
 	st->looked_ns = 0;
 	step_freshen(st);
 }

@@ -101,8 +101,9 @@ struct stepper {
 	atomic_flag freshening; /* a thread is at it */
 	atomic_bool no_populate; /* the kernel is older than 5.14 */
 	struct rest rest;
-	struct rest_view views[WORKERS_MAX + 1]; /* the first is the lock thread's, where it is alone */
+	struct rest_view views[WORKERS_MAX + 1]; /* the first is the lock thread's */
 	uint64_t looked_ns; /* looks at pages took that long since the last rest from it */
+	unsigned long look_rests; /* how many of those rests there were */
 	bool isolates; /* the host has processors that are kept from the kernel's own work */
 	bool fills_huge; /* what was absent became huge pages lately: so a piece is one of them at least */
 };

@@ -35,7 +35,7 @@ static void *work(void *arg)
 			break;
 		seen = w->jobs;
 		pthread_mutex_unlock(&w->mutex);
-		w->run(w->arg);
+		w->run(w->arg, number + 1);
 		pthread_mutex_lock(&w->mutex);
 		if (!--w->busy)
 			pthread_cond_signal(&w->done);
@@ -78,7 +78,7 @@ unsigned int workers_ready(struct workers *w, unsigned int helpers)
 	return n;
 }
 
-void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg), void *arg)
+void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg, unsigned int number), void *arg)
 {
 	pthread_mutex_lock(&w->mutex);
 	w->wanted = w->busy = helpers < w->n ? helpers : w->n;
@@ -89,7 +89,7 @@ void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg)
 		pthread_cond_broadcast(&w->work);
 	}
 	pthread_mutex_unlock(&w->mutex);
-	run(arg);
+	run(arg, 0);
 	pthread_mutex_lock(&w->mutex);
 	while (w->busy)
 		pthread_cond_wait(&w->done, &w->mutex);

@@ -16,7 +16,7 @@ struct workers {
 	unsigned int wanted; /* how many of them take part in the present job */
 	unsigned int busy; /* of those, how many have not ended it */
 	unsigned long jobs; /* counts them */
-	void (*run)(void *arg);
+	void (*run)(void *arg, unsigned int number);
 	void *arg;
 	bool stop;
 };
@@ -29,8 +29,11 @@ void workers_init(struct workers *w);
  */
 unsigned int workers_ready(struct workers *w, unsigned int helpers);
 
-/* Has run(arg) done by the caller and by @helpers other threads at once, of those that are ready; returns when all have returned. */
-void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg), void *arg);
+/*
+ * Has run(arg, number) done by the caller, number 0, and by @helpers other threads at once, of those that are ready, each with a number of
+ * its own from 1 on; returns when all have returned.
+ */
+void workers_run(struct workers *w, unsigned int helpers, void (*run)(void *arg, unsigned int number), void *arg);
 
 /* Ends the threads. */
 void workers_stop(struct workers *w);

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <sys/resource.h>
 
 enum { HOLD_NS = 500 * 1000 };
 
@@ -67,13 +68,30 @@ static void have_it_sleep(void)
 		;
 }
 
+/* How often this thread has. */
+static long own_sleeps(void)
+{
+	struct rusage usage;
+
+	getrusage(RUSAGE_THREAD, &usage);
+	return usage.ru_nvcsw;
+}
+
+static long sleeps_of_a_rest(struct rest *rest, struct rest_view *view)
+{
+	long before = own_sleeps();
+
+	view->streak_left = 0; /* as if nobody wanted this processor */
+	rest_after(rest, view, HOLD_NS);
+	return own_sleeps() - before;
+}
+
 static void only_who_goes_to_sleep_may_wait(void)
 {
 	struct rest rest;
 	struct rest_view view = { 0 };
 	pthread_t thread;
 	uint64_t began;
-	long n;
 
 	rest_init(&rest);
 	over = false;
@@ -81,33 +99,59 @@ static void only_who_goes_to_sleep_may_wait(void)
 	have_it_sleep();
 	rest_look(&rest, &view);
 	for (int i = 0; i < 100; i++) {
-		rest.sleeps_left = i % 3 == 0; /* our own gaps are no sleep of others */
-		rest_after(&rest, &view, HOLD_NS);
-		CHECK(!view.slept);
+		rest_asleep(HOLD_NS); /* that is ours, and no other's */
+		CHECK_EQ(sleeps_of_a_rest(&rest, &view), 0);
 	}
-	CHECK(rest.n_sleeps >= 34);
 
-	n = rest.n_sleeps;
-	for (int i = 0; i < 2; i++) { /* one in each of two holds: the second time there is time for more */
-		rest.sleeps_left = 0;
-		have_it_sleep();
-		began = now_ns();
-		rest_after(&rest, &view, HOLD_NS);
-		CHECK(view.slept);
-		CHECK_EQ(rest.n_sleeps, n + i);
-		CHECK(now_ns() - began >= (i ? HOLD_NS / 10 : HOLD_NS / 25));
-	}
-	rest.sleeps_left = 0;
-	rest_after(&rest, &view, HOLD_NS);
-	CHECK(!view.slept);
-	CHECK_EQ(rest.n_sleeps, n + 1);
+	view.seen_ns = 0; /* long ago */
+	have_it_sleep();
+	began = now_ns();
+	CHECK_EQ(sleeps_of_a_rest(&rest, &view), 0); /* but there is a gap */
+	CHECK(now_ns() - began >= HOLD_NS / 25);
+	have_it_sleep();
+	view.seen_ns = now_ns(); /* a moment ago */
+	began = now_ns();
+	CHECK_EQ(sleeps_of_a_rest(&rest, &view), 1);
+	CHECK(now_ns() - began >= HOLD_NS / 10);
+	CHECK_EQ(sleeps_of_a_rest(&rest, &view), 0); /* it has gone to sleep no more */
+
+	have_it_sleep();
+	view.seen_ns = 0;
+	began = now_ns();
+	rest_after(&rest, &view, 1000); /* a writer takes as long to come, however short the hold was */
+	CHECK(now_ns() - began >= 15 * 1000);
 
 	rest.blind_until_ns = UINT64_MAX; /* then everybody may wait */
-	rest_after(&rest, &view, HOLD_NS);
-	CHECK_EQ(rest.n_sleeps, n + 2);
+	CHECK_EQ(sleeps_of_a_rest(&rest, &view), 1);
 	over = true;
 	pthread_join(thread, NULL);
 	rest_deinit(&rest);
 }
 
-CHECK_MAIN(CASE(a_real_time_policy_is_noticed), CASE(only_who_goes_to_sleep_may_wait))
+/* More and more gaps are slept as long as somebody wants this processor, and fewer when nobody does. */
+static void who_wants_the_processor_has_it(void)
+{
+	struct rest rest;
+	struct rest_view view = { 0 };
+
+	rest_init(&rest);
+	rest_look(&rest, &view);
+	for (unsigned int left = 3; left; left--) {
+		long before = own_sleeps();
+
+		view.streak_left = left;
+		rest_after(&rest, &view, HOLD_NS);
+		CHECK_EQ(view.streak_left, left - 1);
+		CHECK_EQ(own_sleeps() - before, 1);
+	}
+	view.streak = 64;
+	for (int i = 0; i < 1000 && view.streak; i++) { /* nobody is there, now and then */
+		view.streak_left = 0;
+		rest_after(&rest, &view, HOLD_NS);
+		CHECK(view.streak <= 64);
+	}
+	CHECK_EQ(view.streak, 0);
+	rest_deinit(&rest);
+}
+
+CHECK_MAIN(CASE(a_real_time_policy_is_noticed), CASE(only_who_goes_to_sleep_may_wait), CASE(who_wants_the_processor_has_it))
