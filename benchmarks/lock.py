@@ -70,9 +70,10 @@ class Rounds:
         return measured
 
     def spin(self) -> tuple[float, float]:
+        """Burns as much of a processor, for as long, as the last ramlock took."""
         wall, cpu = self._like
-        self.vm.helper.ask(f"spin {wall} {min(cpu / wall, 1.0)}")
-        return self._like
+        (burnt,) = self.vm.helper.ask(f"spin {wall} {min(cpu / wall, 1.0)}")
+        return wall, float(burnt)
 
     def wait(self, seconds: float | None = None) -> tuple[float, float]:
         """Nothing, for as long as the last ramlock took."""

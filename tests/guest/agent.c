@@ -345,12 +345,12 @@ static int compare(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* "count longest,next,...": the highest hundredth, which is all that percentiles need. */
+/* "count longest,next,...": the highest fiftieth, which is all that percentiles need. */
 static void tell(struct agent *c, float *samples)
 {
 	qsort(samples, feeling.n, sizeof(samples[0]), compare);
 	fprintf(c->out, " %zu ", feeling.n);
-	for (size_t i = 0; i < feeling.n / 100 + 1 && i < feeling.n; i++)
+	for (size_t i = 0; i < feeling.n / 50 + 1 && i < feeling.n; i++)
 		fprintf(c->out, "%s%.7f", i ? "," : "", (double)samples[feeling.n - 1 - i]);
 }
 

@@ -25,7 +25,7 @@ class Borne:
     guaranteed_swapped: int  # of these, what is in swap
     rounds: int  # how often the guest has verified and rewritten its working set
     touches: int  # pages that a thread of the guest has touched, at most one in each millisecond
-    slowest: tuple[float, ...]  # the slowest hundredth of these touches, in seconds, slowest first
+    slowest: tuple[float, ...]  # the slowest fiftieth of these touches, in seconds, slowest first
 
     def touch(self, rank: float) -> float:
         """Seconds that this percentage of the touches did not exceed; at least 99."""
