@@ -141,12 +141,14 @@ static void give_up(struct locker *l, struct range r, const struct ram_block *b)
 		took = now_ns();
 		sys_munlock(part);
 		took = now_ns() - took;
-		rest_after(&l->stepper.rest, l->stepper.views, took);
 		merging_let_in(&l->stepper.merging, part, mergeable);
 		upkeep_end_piece(l);
 		if (layout_find(&l->layout, part)) /* or it was unplugged meanwhile */
 			books_remove(&l->books, part);
 		follow_changed(l, part);
+		pthread_mutex_unlock(&l->mutex);
+		rest_after(&l->stepper.rest, l->stepper.views, took);
+		pthread_mutex_lock(&l->mutex);
 	}
 }
 

@@ -5,7 +5,7 @@
  * Who waits for mmap_lock longer than some microseconds goes to sleep (unless its holder has it for writing, and runs: then it spins, and
  * gets in at once), and the kernel counts that. So where no thread of QEMU has gone to sleep during a hold, nobody has begun to wait,
  * and the next hold may begin at once. Who waits since before, woken in the gap without a processor, tries when it has one, and then counts
- * again; the second time it has mmap_lock handed over, so it waits for up to 8 ms (two ticks) as it did behind gaps of any length.
+ * again; and who has waited for 4 ms then has mmap_lock handed over the next time (Linux 5.3), as behind gaps of any length.
  *
  * Most of those who sleep wait for something else (a timer, a request), and so one of them is worth a short gap only. But where somebody
  * does so every few holds, it may be one that has many calls to make that need mmap_lock (QEMU's main loop and vCPUs do, with the big
@@ -60,7 +60,7 @@ static enum sleepers look(struct rest *r, struct rest_view *v, uint64_t hold_ns)
 	if (began < atomic_load(&r->blind_until_ns))
 		return NOT_KNOWN;
 	if (getrusage(RUSAGE_SELF, &all) || getrusage(RUSAGE_THREAD, &own)) { /* a filter of system calls forbids it */
-		atomic_store(&r->blind_until_ns, UINT64_MAX);
+		rest_always(r);
 		return NOT_KNOWN;
 	}
 	others = all.ru_nvcsw - atomic_fetch_add(&r->n_own, own.ru_nvcsw - v->n_own) - (own.ru_nvcsw - v->n_own);
@@ -129,7 +129,22 @@ static void relax(void)
 
 void rest_look(struct rest *r, struct rest_view *v)
 {
+	uint64_t seen_ns = v->seen_ns;
+
 	look(r, v, UINT64_MAX);
+	v->seen_ns = seen_ns;
+}
+
+void rest_always(struct rest *r)
+{
+	atomic_store(&r->blind_until_ns, UINT64_MAX);
+}
+
+void rest_foresee_sleep(struct rest *r, struct rest_view *v)
+{
+	/* If it comes to none, the next look puts that right. */
+	atomic_fetch_add(&r->n_own, 1);
+	v->n_own++;
 }
 
 /*
@@ -169,6 +184,7 @@ void rest_after(struct rest *r, struct rest_view *v, uint64_t ns)
 		asleep = true;
 	}
 	if (asleep || (sleepers != NOBODY && gap > LONG_GAP_NS)) {
+		rest_foresee_sleep(r, v);
 		sleep_ns(gap);
 		return;
 	}

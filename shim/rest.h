@@ -36,6 +36,12 @@ void rest_note_policy(struct rest *r);
 /* Who has gone to sleep so far is not to count in the next gap. */
 void rest_look(struct rest *r, struct rest_view *v);
 
+/* The calling thread is about to go to sleep: to our others that is no sleep of QEMU's. */
+void rest_foresee_sleep(struct rest *r, struct rest_view *v);
+
+/* From now on somebody may wait after each hold. */
+void rest_always(struct rest *r);
+
 /* Leaves mmap_lock alone after a hold of @ns, if anybody may wait for it. Any of our threads of the same policy may, with a view of its own. */
 void rest_after(struct rest *r, struct rest_view *v, uint64_t ns);
 

@@ -33,7 +33,7 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
-enum { PAGE = 4096, LANE = 4 * PACER_CHUNK, LOOKED_NS = 300 * 1000 };
+enum { PAGE = 4096, LANE = 4 * PACER_CHUNK, LOOKED_NS = 300 * 1000, SHORT_NS = 50 * 1000 };
 
 static void *address(struct range r)
 {
@@ -88,8 +88,11 @@ static int populate(struct stepper *st, struct range r)
 			return 0;
 		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
 			advice = MADV_POPULATE_READ; /* a mapping that may not be written, or a kernel that knows neither */
-		else if (errno == EINVAL)
+		else if (errno == EINVAL) {
 			st->no_populate = true;
+			/* Then mmap_lock is held for writing instead, and the kernel may not know how to hand it over. */
+			rest_always(&st->rest);
+		}
 		else if (errno != EINTR && errno != EAGAIN)
 			return -errno;
 	}
@@ -203,7 +206,7 @@ static void do_pieces(void *arg, unsigned int number)
 		if (i >= w->n)
 			continue;
 		if (turn && atomic_load(&w->st->cancel)) /* one has to be done, or nothing would ever be */
-			return;
+			break;
 		step_freshen(w->st);
 		w->holds[i] = hold_begin();
 		err = -populate(w->st, piece_at(s, i));
@@ -214,6 +217,8 @@ static void do_pieces(void *arg, unsigned int number)
 		else if (atomic_fetch_add(&w->n_done, 1) + 1 < w->n)
 			rest_after(&w->st->rest, view, w->holds[i].wall);
 	}
+	if (number)
+		rest_foresee_sleep(&w->st->rest, view);
 }
 
 /* What populating @bytes of @s tells: of the kind of page that most of the time went to. */
@@ -284,12 +289,15 @@ static void take_back(struct stepper *st, const struct step *s, uint64_t at, str
 		if (end > s->r.end || s->page_size > PACER_CHUNK)
 			end = s->r.end;
 		hold = hold_begin();
-		sys_munlock((struct range){ at, end });
+		if (sys_munlock((struct range){ at, end })) { /* a hole; or no mapping may be split, and the whole needs no split */
+			end = s->r.end;
+			sys_munlock((struct range){ at, end });
+		}
 		hold_end(&hold);
 		if (o->n_holds < HOLDS_MAX)
 			o->holds[o->n_holds++] = hold.wall;
 		at = end;
-		if (at < s->r.end)
+		if (at < s->r.end && hold.wall > SHORT_NS)
 			rest_after(&st->rest, st->views, hold.wall);
 	}
 }
@@ -312,7 +320,7 @@ static void do_lock(struct stepper *st, const struct step *whole, struct outcome
 	hold_end(&hold);
 	if (err) {
 		/* A failure can come after a part was locked: take that back. */
-		if (!foreign)
+		if (!foreign && any_locked(s->r))
 			take_back(st, s, s->r.start, o);
 		explain_errno(st, err, s, "locking guest RAM", o);
 		return;
@@ -367,13 +375,19 @@ static void do_unlock(struct stepper *st, const struct step *s, struct outcome *
 /* Unlocks what is there of @s: munlock() stops at the first hole, so then each page is asked for. */
 static void do_let_go(const struct step *s, struct outcome *o)
 {
-	struct hold hold = hold_begin();
+	uint64_t began = now_ns(), longest;
+	int err = sys_munlock(s->r);
 
-	if (sys_munlock(s->r))
-		for (uint64_t at = s->r.start; at < s->r.end; at += PAGE)
-			sys_munlock((struct range){ at, at + PAGE });
-	hold_end(&hold);
-	o->holds[o->n_holds++] = hold.wall;
+	longest = now_ns() - began;
+	for (uint64_t at = s->r.start; err && at < s->r.end; at += PAGE) {
+		uint64_t took;
+
+		began = now_ns();
+		sys_munlock((struct range){ at, at + PAGE });
+		took = now_ns() - began;
+		longest = took > longest ? took : longest;
+	}
+	o->holds[o->n_holds++] = longest;
 }
 
 void stepper_init(struct stepper *st)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Who waits for mmap_lock for longer than some microseconds goes to sleep, and getrusage(RUSAGE_SELF) counts that for all threads
- * together, also while it sleeps; a thread that computes does not count. So where nobody went to sleep, nobody waits.
+ * together, also while it sleeps; a thread that computes does not count. So where nobody has gone to sleep, nobody has begun to wait.
  */
 #include "fact.h"
 

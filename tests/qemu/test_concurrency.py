@@ -123,6 +123,7 @@ def test_no_word_is_ever_wrong(tmp_path: Path) -> None:
     print(f"RAMLOCK_STRESS_SEED={seed}")
     chance = random.Random(seed)
     swapped = refused = held = balloons = verified = locked = 0
+    blown: set[int] = set()
     with Zram(1024 * MIB), Confined(LIMITS[1]) as group, guest_of(group, tmp_path) as guest, guest.shim() as shim:
         snapshots = Snapshots(guest.directory / "second")
         guest.agent.ask(f"patrol {PATROL}")
@@ -147,18 +148,27 @@ def test_no_word_is_ever_wrong(tmp_path: Path) -> None:
                     with contextlib.suppress(OSError):  # too much is locked: that limit cannot be had
                         group.squeeze(chance.randrange(*LIMITS))
                 if change % 15 == 5:
-                    guest.monitor.execute("balloon", {"value": (2 * NODE) - chance.randrange(3) * 16 * MIB})
+                    guest.monitor.execute("balloon", {"value": 2 * NODE - balloons % 3 * 16 * MIB})
                     balloons += 1
                 if change % 50 == 25:
                     verified += nothing_wrong(guest)  # loading a snapshot makes the guest forget what it saw
                     snapshots.next()
                 if change % 25 == 24:
                     snapshots.finish()
+                    blown.add(guest.monitor.execute("query-balloon")["actual"])
                     held += settled_and_held(guest)
             snapshots.finish()
             if snapshots.saved > snapshots.loaded:
                 snapshots.next()
                 snapshots.finish()
+        with contextlib.suppress(OSError):
+            group.squeeze(LIMITS[1])
+        guest.monitor.execute("balloon", {"value": 2 * NODE})
+        shim.execute("set_ram_minguarantee", {"size": 64 * MIB, "prefault": True})
+        deadline = time.monotonic() + 60
+        while not settled_and_held(guest):  # a full cgroup makes it short for a moment
+            assert time.monotonic() < deadline, guest.query()
+            time.sleep(0.2)
         verified += nothing_wrong(guest, at_least=2)  # all that is in swap now comes back
         print(f"{CHANGES} changes, {refused} refused while a snapshot had the main thread, {held} found held")
         print(f"{balloons} balloon sizes, {snapshots.saved} snapshots saved, {snapshots.loaded} loaded")
@@ -168,6 +178,7 @@ def test_no_word_is_ever_wrong(tmp_path: Path) -> None:
         assert swapped > 0, "there was no pressure"
         assert locked > 0, "nothing was ever locked"
         assert snapshots.loaded > 0
+        assert len(blown) > 1, "the balloon was never seen to move"
         guest.check_unharmed()
 
 

@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,10 +60,10 @@ def page_out(pid: int, ranges: Sequence[truth.Range]) -> None:
         os.close(handle)
 
 
-def bytes_per_step(guest: Guest) -> float:
+def bytes_per_step(guest: Guest, **more: Any) -> float:
     """Locks all of guest RAM; how much of it in one system call."""
     before = int(guest.query()["step-times"]["count"])
-    return SIZE / (int(guest.guarantee(SIZE)["step-times"]["count"]) - before)
+    return SIZE / (int(guest.guarantee(SIZE, **more)["step-times"]["count"]) - before)
 
 
 def swapped(guest: Guest) -> int:
@@ -86,6 +87,17 @@ def test_steps_are_as_long_as_memory_is_quick(guest: Guest) -> None:
     # And back: what was learnt from swap is not held against memory.
     assert bytes_per_step(guest) > resident / 2
     assert_holds(guest, SIZE)
+
+
+def test_a_step_takes_as_long_as_it_may(guest: Guest) -> None:
+    """The hold budget, 500 us unless told otherwise, is what a system call is sized by."""
+    assert guest.query()["hold-budget"] == 500
+    steps = {}
+    for budget in (2000, 100):
+        guest.guarantee(0, **{"hold-budget": budget})
+        steps[budget] = bytes_per_step(guest)
+        assert guest.query()["hold-budget"] == budget
+    assert steps[2000] > 4 * steps[100], steps
 
 
 @pytest.mark.parametrize("piece", [PAGE, HUGE])

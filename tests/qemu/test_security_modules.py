@@ -1,4 +1,7 @@
-"""The rules for AppArmor and SELinux compile; AppArmor's cover what the shim opens. Neither is enforced here."""
+"""The rules for AppArmor and SELinux compile; AppArmor's cover what the shim opens. Neither is enforced here.
+
+And what a filter of system calls has to allow is said.
+"""
 
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
@@ -51,6 +54,31 @@ def test_the_rules_cover_what_the_shim_opens(tmp_path: Path, need: Need) -> None
     rules = re.findall(r"^  (?:owner )?(/\S+|@\S+) \w*r\w*,$", APPARMOR.read_text(), re.MULTILINE)
     patterns = [re.compile(pattern(rule)) for rule in rules]
     assert {path for path in ours if not any(one.fullmatch(path) for one in patterns)} == set()
+
+
+@pytest.mark.usefixtures("lockable", "root")
+def test_the_page_names_every_system_call_of_the_shims_threads(tmp_path: Path, need: Need) -> None:
+    """Who answers for a filter with --allow-seccomp has nothing else to go by: one that is missing kills the VM."""
+    need("strace", "strace")
+    page = (ROOT / "docs/architecture.md").read_text()
+    told = re.search(r"`--allow-seccomp` is for those.*?\.\n3\.", page, re.DOTALL)
+    assert told
+    trace = tmp_path / "trace"
+    with Guest(memory=128 * MIB, prepare=["strace", "-f", "-qq", "-o", str(trace)], timeout=120) as guest:
+        guest.settle()
+        guest.guarantee(64 * MIB, threads=2)
+        guest.guarantee(96 * MIB, prefault=False, order="address")
+        guest.guarantee(32 * MIB)
+        tasks = {
+            task.name
+            for task in Path(f"/proc/{guest.pid}/task").iterdir()
+            if (task / "comm").read_text().startswith("ramlock")
+        }
+        guest.guarantee(0)
+    calls = {line.split()[1].split("(")[0] for line in trace.read_text().splitlines() if line.split()[0] in tasks}
+    calls = {call for call in calls if call.isidentifier()}
+    assert {"mlock2", "madvise", "getrusage", "accept4"} <= calls
+    assert calls - set(re.findall(r"`(\w+)`", told[0])) == set()
 
 
 def traced(trace: Path, how: str) -> set[str]:
