@@ -63,8 +63,9 @@ static enum sleepers look(struct rest *r, struct rest_view *v, uint64_t hold_ns)
 		rest_always(r);
 		return NOT_KNOWN;
 	}
-	others = all.ru_nvcsw - atomic_fetch_add(&r->n_own, own.ru_nvcsw - v->n_own) - (own.ru_nvcsw - v->n_own);
+	atomic_fetch_add(&r->n_own, own.ru_nvcsw - v->n_own);
 	v->n_own = own.ru_nvcsw;
+	others = all.ru_nvcsw - atomic_load(&r->n_own);
 	slept = others > v->n_others;
 	v->n_others = others;
 	now = now_ns();

@@ -86,15 +86,15 @@ static int populate(struct stepper *st, struct range r)
 	while (!st->no_populate) {
 		if (!madvise(address(r), range_size(r), advice))
 			return 0;
-		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE)
+		if ((errno == EFAULT || errno == EINVAL) && advice == MADV_POPULATE_WRITE) {
 			advice = MADV_POPULATE_READ; /* a mapping that may not be written, or a kernel that knows neither */
-		else if (errno == EINVAL) {
+		} else if (errno == EINVAL) {
 			st->no_populate = true;
 			/* Then mmap_lock is held for writing instead, and the kernel may not know how to hand it over. */
 			rest_always(&st->rest);
-		}
-		else if (errno != EINTR && errno != EAGAIN)
+		} else if (errno != EINTR && errno != EAGAIN) {
 			return -errno;
+		}
 	}
 	return -sys_mlock2(r, 0);
 }
@@ -372,21 +372,25 @@ static void do_unlock(struct stepper *st, const struct step *s, struct outcome *
 	o->done = s->r;
 }
 
+/* Unlocks @r; *longest is raised to what that took, in ns, if it is more. Returns 0 or an errno. */
+static int munlock_timed(struct range r, uint64_t *longest)
+{
+	uint64_t took = now_ns();
+	int err = sys_munlock(r);
+
+	took = now_ns() - took;
+	*longest = took > *longest ? took : *longest;
+	return err;
+}
+
 /* Unlocks what is there of @s: munlock() stops at the first hole, so then each page is asked for. */
 static void do_let_go(const struct step *s, struct outcome *o)
 {
-	uint64_t began = now_ns(), longest;
-	int err = sys_munlock(s->r);
+	uint64_t longest = 0;
 
-	longest = now_ns() - began;
-	for (uint64_t at = s->r.start; err && at < s->r.end; at += PAGE) {
-		uint64_t took;
-
-		began = now_ns();
-		sys_munlock((struct range){ at, at + PAGE });
-		took = now_ns() - began;
-		longest = took > longest ? took : longest;
-	}
+	if (munlock_timed(s->r, &longest))
+		for (uint64_t at = s->r.start; at < s->r.end; at += PAGE)
+			munlock_timed((struct range){ at, at + PAGE }, &longest);
 	o->holds[o->n_holds++] = longest;
 }
 

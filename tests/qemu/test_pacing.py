@@ -8,7 +8,6 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -60,10 +59,10 @@ def page_out(pid: int, ranges: Sequence[truth.Range]) -> None:
         os.close(handle)
 
 
-def bytes_per_step(guest: Guest, **more: Any) -> float:
+def bytes_per_step(guest: Guest) -> float:
     """Locks all of guest RAM; how much of it in one system call."""
     before = int(guest.query()["step-times"]["count"])
-    return SIZE / (int(guest.guarantee(SIZE, **more)["step-times"]["count"]) - before)
+    return SIZE / (int(guest.guarantee(SIZE)["step-times"]["count"]) - before)
 
 
 def swapped(guest: Guest) -> int:
